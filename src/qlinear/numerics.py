@@ -1,0 +1,158 @@
+"""Numbers to codes and back: the only place in qlinear that rounds.
+
+A tensor is seen as tiles that share a scale (`TensorFormat.tile`). Weights are rounded a few rows at a time:
+a float32 copy of a whole weight would be read from and written to main memory five times over, and on the
+machines this runs on a fresh page costs more than the arithmetic done on it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import NumericsError
+from .scheme import TensorFormat
+
+# Elements of a float32 working copy that stay in a core's cache.
+_CHUNK = 1 << 18
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def require_finite(x: Tensor, name: str, hint: str = "") -> None:
+    """Raise NumericsError, naming the tensor and counting the elements, if `x` holds NaN or infinity."""
+    # A sum of finite numbers can overflow, but NaN and infinity always reach it: one cheap pass decides.
+    if not x.is_floating_point() or bool(torch.isfinite(x.sum(dtype=torch.float32))):
+        return
+    bad = int((~torch.isfinite(x)).sum())
+    if bad:
+        raise NumericsError(f"{name} holds {bad} NaN or infinite of {x.numel()} elements{hint}")
+
+
+def _tiles(x: Tensor, fmt: TensorFormat) -> tuple[Tensor, tuple[int, ...]]:
+    """`x` padded and viewed as (..., row tiles, rows, column tiles, columns); the dims that share a scale."""
+    if fmt.granularity == "tensor":
+        return x.reshape(1, -1), (1,)
+    rows, columns = fmt.tile(x.shape)
+    if fmt.granularity != "block":
+        return x.unflatten(-1, (-1, columns)) if columns else x.unsqueeze(-2), (-1,)
+    pad_rows, pad_columns = -x.shape[-2] % rows, -x.shape[-1] % columns
+    padded = torch.nn.functional.pad(x, (0, pad_columns, 0, pad_rows))
+    return padded.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows)), (-3, -1)
+
+
+def _per_element(scale: Tensor, fmt: TensorFormat, shape: torch.Size) -> Tensor:
+    """A scale or zero point, shaped to broadcast against (or match) a tensor of `shape`."""
+    if fmt.granularity in ("tensor", "channel", "token"):
+        return scale
+    rows, columns = fmt.tile(shape)
+    spread = scale.repeat_interleave(columns, -1)[..., : shape[-1]]
+    return spread.repeat_interleave(rows, -2)[..., : shape[-2], :] if rows > 1 else spread
+
+
+def choose_qparams(
+    x: Tensor, fmt: TensorFormat, scale_dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point of a tensor, from its extremes.
+
+    x: (*, in), any float dtype. Returns scale (`fmt.scale_shape(x.shape)`, float32, rounded to `scale_dtype`) and
+    zero_point (same shape, float32 holding integers), None if symmetric. An all-zero tile, or one whose scale
+    would underflow, gets scale 1, so its codes are 0 and nothing divides by zero.
+
+    Symmetric: scale = absmax / steps. Asymmetric (Jacob et al. 2018, eq. 1-3): the range is widened to contain 0,
+    scale = (max - min) / (2^b - 1), zero_point = clamp(round(low - min / scale), low, high).
+    """
+    if x.numel() == 0:
+        ones = torch.ones(fmt.scale_shape(x.shape), dtype=torch.float32, device=x.device)
+        return ones, None if fmt.symmetric else torch.zeros_like(ones)
+    tiles, dims = _tiles(x, fmt)
+    low, high = tiles.amin(dims).float(), tiles.amax(dims).float()
+    return qparams_from_range(low, high, fmt, scale_dtype)
+
+
+def qparams_from_range(
+    low: Tensor, high: Tensor, fmt: TensorFormat, scale_dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point from the least and greatest value of each tile (float32, the scale's shape)."""
+    if fmt.symmetric:
+        return _nonzero(torch.maximum(high, -low) / fmt.steps, scale_dtype), None
+    first, last = fmt.code_range
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    # Each end is divided on its own: high - low may overflow where both are finite.
+    scale = _nonzero(high / (last - first) - low / (last - first), scale_dtype)
+    return scale, (first - low / scale).round().clamp(first, last)
+
+
+def _nonzero(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
+    """`scale` as it will be stored, and 1 where it is zero there (or below what float32 arithmetic keeps)."""
+    stored = scale.to(scale_dtype).float()
+    return torch.where(stored < _TINY, torch.ones_like(stored), stored)
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: TensorFormat) -> Tensor:
+    """Codes of `x` (its shape, `fmt.storage`): clamp(round(x / scale) + zero_point), half to even.
+
+    Raises nothing for NaN: callers check inputs with `require_finite`, which can name the tensor.
+    """
+    low, high = fmt.code_range
+    codes = x.float() / _per_element(scale, fmt, x.shape)
+    if not fmt.is_float:
+        codes.round_()
+    if zero_point is not None:
+        codes += _per_element(zero_point, fmt, x.shape)
+    return codes.clamp_(low, high).to(fmt.storage)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: TensorFormat) -> Tensor:
+    """(codes - zero_point) * scale in float32, the shape of `codes`."""
+    x = codes.float()
+    if zero_point is not None:
+        x -= _per_element(zero_point, fmt, codes.shape).float()
+    return x.mul_(_per_element(scale, fmt, codes.shape))
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedTensor:
+    """Codes with what is needed to read them: what every algorithm returns and every layout writes.
+
+    codes: (..., out, in), `format.storage`. scale: `format.scale_shape(codes.shape)`, float32.
+    zero_point: the scale's shape, float32 holding integers, None if symmetric.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    format: TensorFormat
+
+    def dequantize(self) -> Tensor:
+        """The numbers that the codes stand for, float32."""
+        return dequantize(self.codes, self.scale, self.zero_point, self.format)
+
+
+def quantize_tensor(
+    x: Tensor, fmt: TensorFormat, name: str = "weight", scale_dtype: torch.dtype = torch.float32
+) -> QuantizedTensor:
+    """Round to nearest: the extremes of each tile give its scale.
+
+    x: (..., out, in), any float dtype. Raises NumericsError, with `name`, on NaN or infinity, and SchemeError
+    where the format does not fit the shape.
+    """
+    require_finite(x, name)
+    flat = x.reshape(-1, x.shape[-1]) if fmt.granularity in ("channel", "token", "group") else x
+    if flat.dim() != 2 or fmt.granularity in ("tensor", "block"):
+        scale, zero_point = choose_qparams(x, fmt, scale_dtype)
+        return QuantizedTensor(quantize(x, scale, zero_point, fmt), scale, zero_point, fmt)
+    shape = fmt.scale_shape(x.shape)
+    codes = torch.empty(flat.shape, dtype=fmt.storage, device=x.device)
+    scales = torch.empty(fmt.scale_shape(flat.shape), dtype=torch.float32, device=x.device)
+    zeros = None if fmt.symmetric else torch.empty_like(scales)
+    rows = max(1, _CHUNK // max(1, x.shape[-1]))
+    for start in range(0, flat.shape[0], rows):
+        part = slice(start, start + rows)
+        chunk = flat[part].float()
+        scale, zero = choose_qparams(chunk, fmt, scale_dtype)
+        codes[part], scales[part] = quantize(chunk, scale, zero, fmt), scale
+        if zeros is not None and zero is not None:
+            zeros[part] = zero
+    return QuantizedTensor(
+        codes.view(x.shape), scales.view(shape), None if zeros is None else zeros.view(shape), fmt
+    )
