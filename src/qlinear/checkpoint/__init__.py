@@ -1,0 +1,16 @@
+"""Checkpoints: reading tensors one at a time, writing shards as they come, one file per on-disk layout."""
+
+from .header import TensorInfo
+from .output import clear, require_empty, require_space, write_atomically
+from .reader import Checkpoint
+from .writer import ShardWriter
+
+__all__ = [
+    "Checkpoint",
+    "ShardWriter",
+    "TensorInfo",
+    "clear",
+    "require_empty",
+    "require_space",
+    "write_atomically",
+]

@@ -1,0 +1,245 @@
+"""Opens a checkpoint folder and reads its tensors one at a time.
+
+Everything that can be wrong with a folder is found here, from headers and file sizes, before any work starts.
+Tensors are read with `preadv` straight into the memory they will live in. Nothing is mapped: pages of a map
+held open count towards the process's resident set, so a map over a shard would cost the whole shard.
+"""
+
+import contextlib
+import os
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .header import DTYPE_NAMES, TensorInfo, parse_json, read_header
+
+_CHUNK = 4 << 20
+# Never part of a result: weights in other forms, and what is written anew.
+_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pth",
+    ".pt",
+    ".gguf",
+    ".onnx",
+    ".h5",
+    ".msgpack",
+    ".index.json",
+    ".partial",
+)
+_WRITTEN_ANEW = ("config.json", "README.md", "qlinear.json")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with `config.json` and weights. Make one with `open`; nothing stays open afterwards.
+
+    path: the folder. config: what config.json holds. tensors: where each tensor lies, by its name.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+    @classmethod
+    def open(cls, model: str | Path, revision: str | None = None) -> "Checkpoint":
+        """Read config and headers of a folder, or of a Hub id `org/name`, which is downloaded first.
+
+        Raises CheckpointError if it is no checkpoint, or if any file is missing, damaged or truncated.
+        """
+        folder = _folder(model, revision)
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(
+                f"{folder} is not a checkpoint: it has no config.json; give one that save_pretrained wrote"
+            )
+        config = parse_json((folder / "config.json").read_bytes(), folder / "config.json")
+        return cls(folder, config, _locate(folder))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def info(self, name: str) -> TensorInfo:
+        """Where a tensor lies. Raises CheckpointError if there is none of that name."""
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.path} holds no tensor named {name}")
+        return self.tensors[name]
+
+    def read(self, name: str, out: Tensor | None = None) -> Tensor:
+        """The tensor of that name, on the CPU; into `out` (contiguous, same dtype and shape) if given."""
+        info = self.info(name)
+        if out is None:
+            out = torch.empty(info.shape, dtype=info.dtype)
+        elif out.dtype != info.dtype or tuple(out.shape) != info.shape or not out.is_contiguous():
+            raise ValueError(
+                f"out must be contiguous, {info.dtype} of shape {info.shape}, to read {name}; "
+                f"got {out.dtype} of shape {tuple(out.shape)}"
+            )
+        with _opened(info.file) as file:
+            _read_exactly(file, as_bytes(out), info.start, info.file)
+        return out
+
+    def chunks(self, name: str, size: int = _CHUNK) -> Iterator[memoryview]:
+        """A tensor's bytes, whatever its dtype, `size` at a time; each part lasts to the next."""
+        info = self.info(name)
+        buffer = memoryview(bytearray(min(size, info.nbytes)))
+        with _opened(info.file) as file:
+            for start in range(info.start, info.stop, size):
+                part = buffer[: min(size, info.stop - start)]
+                _read_exactly(file, part, start, info.file)
+                yield part
+
+    def other_files(self) -> list[Path]:
+        """What a result takes over as it is: tokenizer, generation config, chat template, licence, `*.py`.
+
+        Paths are relative to the folder; a link counts as the file it points to. Weights in any form, hidden
+        files, folders and what is written anew (config.json, README.md, qlinear.json) are left out.
+        """
+        templates = self.path / "additional_chat_templates"
+        found = [*self.path.iterdir(), *(templates.iterdir() if templates.is_dir() else ())]
+        return sorted(p.relative_to(self.path) for p in found if p.is_file() and _is_copied(p.name))
+
+    def require_unquantized(self) -> None:
+        """Raise CheckpointError if config.json says that the weights are already quantized."""
+        text = self.config.get("text_config")
+        nested = text.get("quantization_config") if isinstance(text, dict) else None
+        found = self.config.get("quantization_config") or nested
+        if found:
+            method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
+            raise CheckpointError(
+                f"{self.path} is already quantized (quant_method {method!r}): "
+                "give the float checkpoint that it was made from"
+            )
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, writable; no copy."""
+    flat = tensor.detach().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(bytearray())
+
+
+def _locate(folder: Path) -> dict[str, TensorInfo]:
+    """All tensors of a folder, in whichever of the four forms it holds them; safetensors first."""
+    if (folder / "model.safetensors").is_file():
+        return read_header(folder / "model.safetensors")
+    if (folder / "model.safetensors.index.json").is_file():
+        return _read_sharded(folder / "model.safetensors.index.json")
+    if (folder / "pytorch_model.bin").is_file():
+        return _read_pickled(folder / "pytorch_model.bin")
+    if (folder / "pytorch_model.bin.index.json").is_file():
+        return _read_sharded(folder / "pytorch_model.bin.index.json")
+    raise CheckpointError(
+        f"{folder} is not a checkpoint: it has neither model.safetensors nor an index of shards; "
+        "save the model there with save_pretrained"
+    )
+
+
+def _read_sharded(index: Path) -> dict[str, TensorInfo]:
+    """Tensors of all shards that an index names, each looked up in the shard it is said to be in."""
+    weight_map = parse_json(index.read_bytes(), index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensor names to files: download it again")
+    read = _read_pickled if index.name.startswith("pytorch_model") else read_header
+    shards = {name: read(_shard(index, name)) for name in sorted(set(weight_map.values()))}
+    for tensor, shard in weight_map.items():
+        if tensor not in shards[shard]:
+            raise CheckpointError(
+                f"{index} says that {tensor} is in {shard}, which does not hold it: download both again"
+            )
+    return {tensor: shards[shard][tensor] for tensor, shard in sorted(weight_map.items())}
+
+
+def _shard(index: Path, name: str) -> Path:
+    """The file of a shard. Only its name is held to the folder: Hub caches link files from elsewhere."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise CheckpointError(
+            f"{index} names a shard {name!r} outside of its folder: do not trust this checkpoint"
+        )
+    if not (index.parent / name).is_file():
+        raise CheckpointError(
+            f"{index.parent / name} is missing, but {index.name} names it: download it again"
+        )
+    return index.parent / name
+
+
+def _read_pickled(file: Path) -> dict[str, TensorInfo]:
+    """Where each tensor of a torch.save file lies: the data is stored plainly inside its zip archive.
+
+    Loaded under a fake-tensor mode, so that no data is read and torch records the offsets.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    try:
+        with FakeTensorMode():
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read with weights_only=True ({type(error).__name__}): re-save as safetensors"
+        ) from None
+    return {name: _pickled_entry(file, name, tensor) for name, tensor in sorted(tensors.items())}
+
+
+def _pickled_entry(file: Path, name: str, tensor: Any) -> TensorInfo:
+    place = (
+        getattr(tensor.untyped_storage(), "_checkpoint_offset", None) if isinstance(tensor, Tensor) else None
+    )
+    if place is None or not tensor.is_contiguous() or tensor.dtype not in DTYPE_NAMES:
+        raise CheckpointError(
+            f"{file} holds {name} in a form that cannot be streamed: re-save as safetensors"
+        )
+    start = place + tensor.storage_offset() * tensor.element_size()
+    return TensorInfo(file, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), start, start + tensor.nbytes)
+
+
+def _folder(model: str | Path, revision: str | None) -> Path:
+    """The folder itself, or that of a downloaded Hub id."""
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if isinstance(model, Path) or model.count("/") != 1 or model[0] in "./~" or folder.parent.is_dir():
+        raise CheckpointError(
+            f"no such folder: {model}; give a checkpoint folder or a Hub id such as org/name"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(
+            snapshot_download(model, revision=revision, ignore_patterns=["*.gguf", "*.onnx", "original/*"])
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"{model} is neither a folder nor a Hub id that can be downloaded ({type(error).__name__}: "
+            f"{reason}): check the name and the network, or give a local folder"
+        ) from None
+
+
+def _is_copied(name: str) -> bool:
+    return not (name.startswith((".", "consolidated.")) or name in _WRITTEN_ANEW or name.endswith(_WEIGHTS))
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[int]:
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _read_exactly(descriptor: int, into: memoryview, offset: int, file: Path) -> None:
+    """Fill `into` from `offset`; the kernel may return less than asked (2 GiB at most at a time)."""
+    done = 0
+    while done < len(into):
+        count = os.preadv(descriptor, [into[done:]], offset + done)
+        if count == 0:
+            raise CheckpointError(f"{file} ended at byte {offset + done:,} while it was read: it was changed")
+        done += count

@@ -1,0 +1,205 @@
+"""Writes safetensors shards tensor by tensor, so that memory holds one tensor at a time and never a shard.
+
+A safetensors file starts with a header that names every tensor, and the header is known only once the last is
+written. So room for it is left at the start of each shard and filled when the shard closes; what remains is
+spaces, which JSON allows. A shard closes when the next tensor would overflow that room or the shard's size.
+
+Until `finish`, shards are hidden files under names that no reader takes for a checkpoint. `commit` makes what
+was added so far durable and says in a few lines of JSON where it ends; `resume` cuts a folder back to there.
+The same tensors in the same order give the same bytes, whether or not the writer was interrupted in between.
+"""
+
+import base64
+import json
+import os
+import struct
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import OutputError
+from .header import BITS, DTYPE_NAMES, read_header
+from .output import sync_folder, write_atomically
+from .reader import Checkpoint, as_bytes
+
+DEFAULT_SHARD_SIZE = 5 * 10**9
+# Some 700 tensors: more than a shard of a dense model holds, while one of many small experts closes early.
+_HEADER_ROOM = 128 << 10
+# A tensor must start at a multiple of its element size, or torch refuses to view it.
+_ALIGNMENT = 8
+_PARTIAL = ".model-{:05d}.safetensors.partial"
+
+
+@dataclass
+class _Shard:
+    """The shard being written, so far; plain values, so that a journal can hold it.
+
+    entries: its header. late: entries, with their data in base64, of tensors that wait for the shard's end.
+    size: bytes of data in the file. late_size: bytes that wait. room: bytes that its header can still take.
+    """
+
+    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+    late: dict[str, dict[str, Any]] = field(default_factory=dict)
+    size: int = 0
+    late_size: int = 0
+    room: int = _HEADER_ROOM - 64
+
+
+class ShardWriter:
+    """Writes tensors into `folder`, which it makes; a shard holds at most `max_shard_size` bytes of data.
+
+    A tensor larger than that has a shard of its own.
+    """
+
+    def __init__(self, folder: str | Path, max_shard_size: int = DEFAULT_SHARD_SIZE) -> None:
+        if max_shard_size < 1:
+            raise OutputError(f"max_shard_size must be at least 1 byte; got {max_shard_size}")
+        self.folder, self.max_shard_size = Path(folder), max_shard_size
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._names: set[str] = set()
+        self._closed = 0
+        self._shard = _Shard()
+        self._file = self._create()
+
+    @classmethod
+    def resume(cls, folder: str | Path, state: dict[str, Any]) -> "ShardWriter":
+        """A writer that goes on from a `state` that `commit` returned; what was written after it is cut off.
+
+        Raises OutputError if the folder no longer holds what was committed.
+        """
+        self = cls.__new__(cls)
+        self.folder, self.max_shard_size = Path(folder), state["max_shard_size"]
+        self._closed, self._shard = state["closed"], _Shard(**json.loads(json.dumps(state["shard"])))
+        self._take_back_names()
+        self._names = {*self._shard.entries, *self._shard.late}
+        for number in range(1, self._closed + 1):
+            self._names.update(read_header(self._partial(number)))
+        self._file = self._reopen()
+        return self
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Append a tensor of any shape, dtype and device; the system has its bytes when this returns."""
+        tensor = tensor.detach().cpu().contiguous()
+        self._append(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes, [as_bytes(tensor)])
+
+    def copy(self, name: str, checkpoint: Checkpoint, source: str | None = None) -> None:
+        """Append a tensor of a checkpoint, byte for byte; `source` is its name there if it is not `name`."""
+        info = checkpoint.info(source or name)
+        self._append(name, info.dtype_name, info.shape, info.nbytes, checkpoint.chunks(source or name))
+
+    def commit(self) -> dict[str, Any]:
+        """Make all that was added durable; returns the JSON-serialisable state that `resume` goes on from."""
+        os.fsync(self._file)
+        return {"max_shard_size": self.max_shard_size, "closed": self._closed, "shard": asdict(self._shard)}
+
+    def finish(self) -> dict[str, str]:
+        """Close the last shard, give all their final names, write the index; returns the weight map.
+
+        A single shard is `model.safetensors` and has no index. The folder becomes a checkpoint with its
+        config.json, which the caller writes last.
+        """
+        self._close_shard()
+        weight_map, size = {}, 0
+        for number in range(1, self._closed + 1):
+            final = _final_name(number, self._closed)
+            header = read_header(self._partial(number))
+            weight_map.update(dict.fromkeys(header, final))
+            size += sum(info.nbytes for info in header.values())
+            self._partial(number).rename(self.folder / final)
+        sync_folder(self.folder)
+        if self._closed > 1:
+            index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+            text = json.dumps(index, indent=2) + "\n"
+            write_atomically(self.folder / "model.safetensors.index.json", text.encode())
+        return weight_map
+
+    def close(self) -> None:
+        """Let go of the file without finishing; what was committed can be resumed."""
+        os.close(self._file)
+
+    def _append(
+        self, name: str, dtype: str, shape: tuple[int, ...], nbytes: int, parts: Iterable[memoryview]
+    ) -> None:
+        if name in self._names:
+            raise ValueError(f"{name} was added before")
+        # Offsets of 14 digits, more than any shard needs, so that the room taken does not depend on them.
+        entry = {"dtype": dtype, "shape": list(shape), "data_offsets": [10**13, 10**13]}
+        cost = len(json.dumps({name: entry}))
+        self._make_room(nbytes, cost)
+        shard = self._shard
+        self._names.add(name)
+        shard.room -= cost
+        if nbytes % _ALIGNMENT:
+            shard.late[name] = entry | {"data": base64.b64encode(b"".join(map(bytes, parts))).decode()}
+            shard.late_size += nbytes
+        else:
+            self._write(name, entry, parts)
+
+    def _write(self, name: str, entry: dict[str, Any], parts: Iterable[memoryview]) -> None:
+        """Write a tensor's data at the end of the current shard and enter it in the header."""
+        start = self._shard.size
+        for part in parts:
+            _write_all(self._file, part)
+            self._shard.size += len(part)
+        self._shard.entries[name] = entry | {"data_offsets": [start, self._shard.size]}
+
+    def _make_room(self, nbytes: int, cost: int) -> None:
+        """Start a new shard if the current one cannot take so many bytes of data or of header."""
+        shard = self._shard
+        is_full = shard.size + shard.late_size + nbytes > self.max_shard_size or cost > shard.room
+        if is_full and (shard.entries or shard.late):
+            self._close_shard()
+            self._shard = _Shard()
+            self._file = self._create()
+
+    def _close_shard(self) -> None:
+        """Append the tensors that waited, wide elements first so that each is aligned; fill in the header."""
+        late = sorted(self._shard.late.items(), key=lambda item: (-BITS[item[1]["dtype"]], item[0]))
+        for name, entry in late:
+            data = base64.b64decode(entry.pop("data"))
+            self._write(name, entry, [memoryview(data)])
+        header = json.dumps({"__metadata__": {"format": "pt"}, **self._shard.entries}, separators=(",", ":"))
+        os.pwrite(self._file, header.encode().ljust(_HEADER_ROOM), 8)
+        os.fsync(self._file)
+        os.close(self._file)
+        self._closed += 1
+
+    def _partial(self, number: int) -> Path:
+        return self.folder / _PARTIAL.format(number)
+
+    def _create(self) -> int:
+        file = os.open(self._partial(self._closed + 1), os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        _write_all(file, memoryview(struct.pack("<Q", _HEADER_ROOM) + b" " * _HEADER_ROOM))
+        return file
+
+    def _reopen(self) -> int:
+        """The current shard, cut to its committed length and ready to append; later ones are deleted."""
+        current = self._partial(self._closed + 1)
+        length = 8 + _HEADER_ROOM + self._shard.size
+        if not current.is_file() or current.stat().st_size < length:
+            raise OutputError(f"{current} does not hold the {length:,} bytes that were committed: start anew")
+        for later in self.folder.glob(".model-*.safetensors.partial"):
+            if later > current:
+                later.unlink()
+        file = os.open(current, os.O_RDWR)
+        os.ftruncate(file, length)
+        os.lseek(file, 0, os.SEEK_END)
+        return file
+
+    def _take_back_names(self) -> None:
+        """Undo the renames of a `finish` that was interrupted."""
+        for file in [*self.folder.glob("model-*-of-*.safetensors"), *self.folder.glob("model.safetensors")]:
+            file.rename(self._partial(int(file.name.split("-")[1]) if "-" in file.name else 1))
+
+
+def _final_name(number: int, total: int) -> str:
+    return "model.safetensors" if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
+
+
+def _write_all(file: int, data: memoryview) -> None:
+    done = 0
+    while done < len(data):
+        done += os.write(file, data[done:])
