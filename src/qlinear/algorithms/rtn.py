@@ -1,0 +1,15 @@
+"""Round to nearest: every weight goes to the closest code of its own row, group or tensor.
+
+No data is needed. For int8 per channel it is all that is needed once the activations have been smoothed; it is
+also what every other algorithm is measured against.
+"""
+
+from torch import Tensor
+
+from ..numerics import QuantizedTensor, quantize_tensor
+from ..scheme import Scheme
+
+
+def round_to_nearest(weight: Tensor, scheme: Scheme, name: str = "weight") -> QuantizedTensor:
+    """Codes of weight (out, in), any float dtype. Raises NumericsError, with `name`, on NaN or infinity."""
+    return quantize_tensor(weight, scheme.weight, name)

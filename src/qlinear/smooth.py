@@ -1,0 +1,171 @@
+"""Smoothing: moving the difficulty of outlier channels from the activations to the weights.
+
+    y = x Wᵀ + b = (x / s) (W · diag(s))ᵀ + b          s (in,)
+
+With per-token int8 activations a channel 50 times larger than the rest leaves the rest two codes to live on.
+Dividing it by s makes it ordinary; the weight's column, multiplied by s, can carry it (SmoothQuant, Xiao et al.
+2022, eq. 3-4). The division costs nothing where a producer can take it: a norm's gain, or the rows of the linear
+that made the channel. Where none can, `s` stays with the layer as its migration scale.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .errors import SchemeError
+from .structure import Fold, InputGroup, Producer, Weight
+
+_MINIMUM = 1e-5
+
+
+def weight_statistic(
+    weights: Sequence[Tensor], form: Literal["absmax", "mean"] = "absmax", group_size: int | None = None
+) -> Tensor:
+    """How large each input channel's column is, over all weights that read it.
+
+    weights: matrices (out_i, in). Returns (in,) float32. "absmax": max_i |W_ij| (SmoothQuant). "mean": the mean
+    over rows of |W_ij| / rowmax_i, where rowmax_i is the row's largest magnitude, or its group's with a `group_size`
+    (AWQ, and LMDeploy's get_weight_scale). Raises SchemeError if the group size does not divide `in`.
+    """
+    if form == "absmax":
+        return torch.stack([torch.maximum(w.amax(0), -w.amin(0)).float() for w in weights]).amax(0)
+    total = sum(_relative(w.float().abs(), group_size).sum(0) for w in weights)
+    rows = sum(w.shape[0] for w in weights)
+    return torch.as_tensor(total) / rows
+
+
+def _relative(magnitude: Tensor, group_size: int | None) -> Tensor:
+    """|W| over the largest of its row or group; 0 in those that are all zero."""
+    width = group_size or magnitude.shape[1]
+    if magnitude.shape[1] % width:
+        raise SchemeError(
+            f"group_size must divide in_features; got {group_size} for {magnitude.shape[1]}: choose one that does"
+        )
+    groups = magnitude.reshape(magnitude.shape[0], -1, width)
+    largest = groups.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    return (groups / largest).flatten(1)
+
+
+def smoothing_scale(
+    activation: Tensor,
+    weight: Tensor,
+    alpha: float = 0.5,
+    *,
+    minimum: float = _MINIMUM,
+    normalize: bool = False,
+) -> Tensor:
+    """The smoothing vector s_j = a_j^α / w_j^(1-α), at least `minimum`; 1 where a channel or its column is zero.
+
+    activation: a (in,), each input channel's absmax over the calibration tokens (absmean for AWQ). weight: w (in,),
+    from `weight_statistic`. alpha: 0 leaves the difficulty with the activations, 1 moves all of it to the weights.
+    normalize: divide by sqrt(max(s) · min(s)), as AWQ and LMDeploy do. Returns (in,) float32.
+    Raises SchemeError if alpha is outside [0, 1].
+
+    >>> smoothing_scale(torch.tensor([2.0, 16, 2, 9]), torch.tensor([2.0, 1, 2, 1])).tolist()
+    [1.0, 4.0, 1.0, 3.0]
+    """
+    if not 0 <= alpha <= 1:
+        raise SchemeError(f"alpha must lie in [0, 1]; got {alpha}: 0.5 is the usual choice")
+    a, w = activation.float(), weight.float()
+    silent = (a == 0) | (w == 0)
+    s = (a.pow(alpha) / w.pow(1 - alpha)).clamp(min=minimum).masked_fill(silent, 1.0)
+    if normalize:
+        s = (s / (s.amax() * s.amin()).sqrt()).masked_fill(silent, 1.0)
+    return s
+
+
+@dataclass(slots=True)
+class Smoothing:
+    """What smoothing does to a block's weights.
+
+    columns: (in,) multiplies a weight's columns. rows: (out,) divides a producer's rows. migration: (in,) stays with a
+    layer to divide its input; its `columns` hold the same vector. folded_into: the producer's name, for the report.
+    """
+
+    columns: dict[Weight, Tensor] = field(default_factory=dict)
+    rows: dict[Weight, Tensor] = field(default_factory=dict)
+    migration: dict[Weight, Tensor] = field(default_factory=dict)
+    folded_into: dict[Weight, str] = field(default_factory=dict)
+
+    def apply(self, weight: Weight, matrix: Tensor) -> Tensor:
+        """The smoothed weight (out, in), float32: diag(1/rows) · W · diag(columns)."""
+        smoothed = matrix.float()
+        if weight in self.columns:
+            smoothed = smoothed * self.columns[weight]
+        if weight in self.rows:
+            smoothed = smoothed / self.rows[weight].unsqueeze(1)
+        return smoothed
+
+    def keep(self, weight: Weight, s: Tensor) -> None:
+        """Leave `s` with the layer."""
+        self.columns[weight] = self.migration[weight] = s
+
+    def fold(self, block: nn.Module, fold: Fold, s: Tensor, stored: torch.dtype) -> None:
+        """Divide `s` (size,) out of the producer, and multiply it into what reads it.
+
+        A norm's gain changes here and now, rounded to the dtype that the file holds; the readers get the ratio of
+        the old gain to the rounded one, so that they compensate exactly the producer that is stored.
+        """
+        s = s.masked_fill(~fold.reached.to(s.device), 1.0)
+        producer = fold.producer
+        s = (
+            _into_rows(self, block, producer, s, stored)
+            if producer.weight
+            else _into_gain(block, producer, s, stored)
+        )
+        for reader in fold.readers:
+            self.columns[reader.weight] = reader.spread(s)
+            self.folded_into[reader.weight] = producer.name
+
+
+def _into_gain(block: nn.Module, producer: Producer, s: Tensor, stored: torch.dtype) -> Tensor:
+    gain, *biases = (block.get_parameter(name) for name in producer.gain)
+    whole = gain.float() + producer.offset
+    folded = (whole / s - producer.offset).to(stored)
+    left = folded.float() + producer.offset
+    # Where the gain rounds to nothing there is nothing to compensate with: that channel is left alone.
+    usable = (left != 0) & (whole != 0)
+    with torch.no_grad():
+        s = torch.where(usable, whole / left, 1.0)
+        gain.copy_(torch.where(usable, folded.to(gain.dtype), gain))
+        for bias in biases:
+            bias.copy_((bias.float() / s).to(stored))
+    return s
+
+
+def _into_rows(
+    smoothing: Smoothing, block: nn.Module, producer: Producer, s: Tensor, stored: torch.dtype
+) -> Tensor:
+    assert producer.weight is not None
+    if producer.rows is not None:
+        inside = torch.zeros_like(s, dtype=torch.bool)
+        inside[slice(*producer.rows)] = True
+        s = s.masked_fill(~inside, 1.0)
+    smoothing.rows[producer.weight] = s
+    if producer.bias is not None:
+        bias = block.get_parameter(producer.bias)
+        with torch.no_grad():
+            bias.copy_((bias.float() / s).to(stored))
+    return s
+
+
+def group_scale(
+    group: InputGroup, matrices: Mapping[Weight, Tensor], absmax: Mapping[Weight, Tensor], alpha: float
+) -> Tensor:
+    """The one smoothing vector of an input group: over its producer's channels, or its input's if it has none.
+
+    matrices: (out, in) per weight. absmax: (in,) per weight. Where several input channels carry one producer channel
+    (grouped-query attention repeats a value head) the largest of their statistics counts.
+    """
+    columns = {weight: weight_statistic([matrices[weight]]) for weight in group.weights}
+    if group.fold is None:
+        a = torch.stack([absmax[weight] for weight in group.weights]).amax(0)
+        return smoothing_scale(a, torch.stack(list(columns.values())).amax(0), alpha)
+    size = group.fold.producer.size
+    readers = group.fold.readers
+    a = torch.stack([reader.gather(absmax[reader.weight], size) for reader in readers]).amax(0)
+    w = torch.stack([reader.gather(columns[reader.weight], size) for reader in readers]).amax(0)
+    return smoothing_scale(a, w, alpha)

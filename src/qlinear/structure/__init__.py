@@ -1,0 +1,24 @@
+"""What a block is made of, found by running it: no table of architectures, no names.
+
+`observe` runs a block and writes down every multiplication of an activation by a weight. `find` makes such runs
+with one thing changed and reads off who feeds whom. `proof` decides which of that may be used.
+"""
+
+from .find import Fold, InputGroup, Producer, Reader, find_groups
+from .observe import Product, Trace, Weight, observe, watching
+from .proof import prove, proved
+
+__all__ = [
+    "Fold",
+    "InputGroup",
+    "Producer",
+    "Product",
+    "Reader",
+    "Trace",
+    "Weight",
+    "find_groups",
+    "observe",
+    "prove",
+    "proved",
+    "watching",
+]

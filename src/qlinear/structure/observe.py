@@ -1,0 +1,220 @@
+"""Watching a block run: every product of an activation with one of its weights.
+
+A weight is whatever multiplies: an `nn.Linear`'s, a transposed one, one expert's slice of a stack, a raw parameter
+in a matmul. A torch function mode sees them all alike. It can also answer "what if": scale what a weight
+reads or what it produces, without touching the weight. Powers of two make such a run exact, so whether two runs agree
+is not a question of tolerance.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+# (activation, weight) among the arguments of torch's products, and the weight's layout there.
+_OUT_IN = {F.linear}
+_IN_OUT = {
+    torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__,
+}  # fmt: skip
+_BIAS_FIRST = {torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.baddbmm}
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A matrix that multiplies: a parameter of the block, or slice `index` of a stack of them.
+
+    transposed: stored as (in, out) rather than (out, in).
+    """
+
+    name: str
+    transposed: bool = False
+    index: int | None = None
+
+    def of(self, block: nn.Module) -> Tensor:
+        """The matrix itself as (out, in), a view of the block's parameter."""
+        parameter = block.get_parameter(self.name)
+        matrix = parameter if self.index is None else parameter[self.index]
+        return matrix.mT if self.transposed else matrix
+
+    @property
+    def module(self) -> str:
+        """The module that owns it, by its name in the block."""
+        return self.name.rpartition(".")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """One multiplication: x (tokens, in) as it reaches `weight`, and y (tokens, out), bias included.
+
+    Both are as they are before any scaling that `observe` was asked for.
+    source: a key that two products share if they read the very same tensor.
+    """
+
+    weight: Weight
+    x: Tensor
+    y: Tensor
+    bias: str | None
+    source: tuple[Any, ...]
+
+
+@dataclass(slots=True)
+class Trace:
+    """A block's run: its products in order, what it returned, and what left it another way."""
+
+    products: list[Product] = field(default_factory=list)
+    returned: list[Tensor] = field(default_factory=list)
+    escaped: list[Tensor] = field(default_factory=list)
+
+
+Scales = Mapping[Weight, Tensor]
+
+
+class _Watch(TorchFunctionMode):
+    """Reports each product to `on_product(weight, x, y, bias)`; scales inputs and outputs as asked."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        on_product: Callable[[Weight, Tensor, Tensor, str | None], None],
+        scale_input: Scales | None = None,
+        scale_output: Scales | None = None,
+    ) -> None:
+        super().__init__()
+        self.made: list[weakref.ref[Tensor]] | None = None
+        self._on_product = on_product
+        self._inputs, self._outputs = scale_input or {}, scale_output or {}
+        self._names = {id(p): name for name, p in block.named_parameters()}
+        self._parameters = {name: p for name, p in block.named_parameters() if p.dim() in (2, 3)}
+        # What a parameter was turned into by functions of it alone (views, slices, casts): id -> (tensor, name).
+        self._derived: dict[int, tuple[Tensor, str]] = {
+            id(p): (p, name) for name, p in self._parameters.items()
+        }
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        operands = _operands(func, args, kwargs)
+        if operands is not None and id(operands[1]) in self._derived:
+            return self._product(func, args, kwargs, *operands)
+        out = func(*args, **kwargs)
+        if isinstance(out, Tensor):
+            self._derive(out, args)
+        if self.made is not None:
+            self.made += [weakref.ref(t) for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
+        return out
+
+    @property
+    def views(self) -> set[int]:
+        """The identities of the block's weights and of what was made of them alone."""
+        return set(self._derived)
+
+    def _derive(self, out: Tensor, args: tuple[Any, ...]) -> None:
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if len(tensors) == 1 and id(tensors[0]) in self._derived and id(out) not in self._derived:
+            self._derived[id(out)] = (out, self._derived[id(tensors[0])][1])
+
+    def _product(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, matrix: Tensor, bias: Any
+    ) -> Tensor:
+        weight = self._weight(func, matrix)
+        if weight in self._inputs:
+            scaled = x * self._inputs[weight].to(x)
+            args = tuple(scaled if a is x else a for a in args)
+            kwargs = {k: scaled if a is x else a for k, a in kwargs.items()}
+            y: Tensor = func(*args, **kwargs)
+        else:
+            y = func(*args, **kwargs)
+        self._on_product(weight, x, y, self._names.get(id(bias)))
+        if weight in self._outputs:
+            y = y * self._outputs[weight].to(y)
+        if self.made is not None:
+            self.made.append(weakref.ref(y))
+        return y
+
+    def _weight(self, func: Any, matrix: Tensor) -> Weight:
+        name = self._derived[id(matrix)][1]
+        parameter = self._parameters[name]
+        index = None
+        if parameter.dim() == 3 and matrix.dim() == 2:
+            index = (matrix.storage_offset() - parameter.storage_offset()) // parameter[0].numel()
+        row_major = matrix.stride(-1) <= matrix.stride(-2)
+        return Weight(name, transposed=row_major != (func in _OUT_IN), index=index)
+
+
+def _operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Any] | None:
+    """(activation, weight, bias) if `func` is one of torch's products, else None."""
+    if func in _OUT_IN:
+        x = args[0] if args else kwargs["input"]
+        matrix = args[1] if len(args) > 1 else kwargs["weight"]
+        return x, matrix, args[2] if len(args) > 2 else kwargs.get("bias")
+    if func in _IN_OUT and len(args) > 1:
+        return args[0], args[1], None
+    if func in _BIAS_FIRST and len(args) > 2:
+        return args[1], args[2], args[0]
+    return None
+
+
+@contextmanager
+def watching(block: nn.Module, on_product: Callable[[Weight, Tensor], None]) -> Iterator[None]:
+    """While open, `on_product(weight, x)` is called for every product of the block; x is (tokens, in)."""
+    with _Watch(block, lambda weight, x, y, bias: on_product(weight, x.reshape(-1, x.shape[-1]))):
+        yield
+
+
+def observe(
+    block: nn.Module,
+    forward: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    scale_input: Scales | None = None,
+    scale_output: Scales | None = None,
+) -> Trace:
+    """Run `forward(*args, **kwargs)` of `block` in float32 and write down what happened.
+
+    The arguments are copied, so a run leaves no trace in the lane they were taken from. scale_input and
+    scale_output multiply what a weight reads (in,) or gives (out,).
+    """
+    args, kwargs = _float_copy(tuple(args)), _float_copy(dict(kwargs))
+    trace = Trace()
+
+    def note(weight: Weight, x: Tensor, y: Tensor, bias: str | None) -> None:
+        source = (x.data_ptr(), x.shape, x.stride(), x._version)
+        # Detached aliases share the memory but not the identity: an escaped tensor is one that lives without us.
+        flat = x.detach().reshape(-1, x.shape[-1]), y.detach().reshape(-1, y.shape[-1])
+        trace.products.append(Product(weight, *flat, bias, source))
+
+    watch = _Watch(block, note, scale_input, scale_output)
+    watch.made = []
+    with torch.no_grad(), watch:
+        returned = forward(*args, **kwargs)
+    trace.returned = _tensors(returned)
+    known = {id(t) for t in [*trace.returned, *_tensors((args, kwargs))]} | watch.views
+    alive = {id(t): t for ref in watch.made if (t := ref()) is not None}
+    del returned
+    trace.escaped = [t for key, t in alive.items() if key not in known or key in _held(args, kwargs)]
+    return trace
+
+
+def _held(args: Any, kwargs: Any) -> set[int]:
+    """Tensors that sit in containers which were passed in: where a block puts what later blocks read."""
+    containers = [a for a in [*args, *kwargs.values()] if isinstance(a, (dict, list))]
+    return {id(t) for t in _tensors(containers)}
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def _float_copy(tree: Any) -> Any:
+    def copy(tensor: Tensor) -> Tensor:
+        return tensor.float().clone() if tensor.is_floating_point() else tensor.clone()
+
+    return tree_map_only(Tensor, copy, tree)

@@ -1,0 +1,104 @@
+"""Whether a fold may be used: the block is run with it and without it, and nothing may move.
+
+A vector of random powers of two is divided out of the producer and multiplied into what its readers read. Powers
+of two are exact in floating point, so a right fold changes nothing at all, and the bound of 1e-5 is only for the
+norms that multiply by 1 + gain. Three ways for a wrong fold to look right are closed (each met in a real model):
+
+- a large residual hides the change: what is compared is each reader's own output, and what the block adds to its input;
+- a tensor leaves the block by another way (a dict of shared keys and values, an attribute): those are compared too;
+- a clamp that does not bite on these tokens: the producer is also tried 2^4 and 2^8 times larger.
+"""
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks import Call
+from .find import Fold, output_factor, scaled
+from .observe import Trace, Weight, observe
+
+TOLERANCE = 1e-5
+_MAGNITUDES = (1.0, 16.0, 256.0)
+
+
+def proved(block: nn.Module, call: Call, folds: Iterable[Fold]) -> list[Fold]:
+    """The folds that hold on this call, in order; a weight or producer is given to the first that takes it."""
+    kept: list[Fold] = []
+    for fold in folds:
+        taken = {reader.weight for other in kept for reader in other.readers}
+        free = all(reader.weight not in taken for reader in fold.readers)
+        if free and prove(block, call, [fold]):
+            kept.append(fold)
+    return kept
+
+
+def prove(block: nn.Module, call: Call, folds: Sequence[Fold], seed: int = 0) -> bool:
+    """Whether all of `folds` together leave the block's function on `call` as it was, at every magnitude."""
+    generator = torch.Generator().manual_seed(seed)
+    exponents = [torch.randint(-3, 4, (fold.producer.size,), generator=generator) for fold in folds]
+    vectors = [torch.exp2(exponent.float()) for exponent in exponents]
+    return all(_agrees(block, call, folds, vectors, magnitude) for magnitude in _MAGNITUDES)
+
+
+def _agrees(
+    block: nn.Module, call: Call, folds: Sequence[Fold], vectors: Sequence[Tensor], magnitude: float
+) -> bool:
+    before = _run(block, call, folds, [torch.ones_like(s) for s in vectors], magnitude)
+    after = _run(block, call, folds, vectors, magnitude)
+    return _same(before, after, call, {r.weight for f in folds for r in f.readers})
+
+
+def _run(
+    block: nn.Module, call: Call, folds: Sequence[Fold], vectors: Sequence[Tensor], magnitude: float
+) -> Trace:
+    """The block with each producer `magnitude` times larger and divided by its vector, which its readers undo."""
+    inputs: dict[Weight, Tensor] = {}
+    outputs: dict[Weight, Tensor] = {}
+    with ExitStack() as gains:
+        for fold, s in zip(folds, vectors, strict=True):
+            s = s.masked_fill(~fold.reached, 1.0)
+            gains.enter_context(scaled(block, fold.producer, magnitude / s))
+            outputs |= output_factor(fold.producer, magnitude / s)
+            inputs |= {reader.weight: reader.spread(s) for reader in fold.readers}
+        return observe(block, call.forward, call.args, call.kwargs, inputs, outputs)
+
+
+def _same(before: Trace, after: Trace, call: Call, readers: set[Weight]) -> bool:
+    if len(before.products) != len(after.products) or len(before.escaped) != len(after.escaped):
+        return False
+    read = 0
+    for a, b in zip(before.products, after.products, strict=True):
+        if a.weight != b.weight or a.y.shape != b.y.shape:
+            return False
+        if a.weight in readers:
+            read += 1
+            if not _close(a.y, b.y):
+                return False
+    hidden = _hidden(call)
+    pairs = zip(before.returned + before.escaped, after.returned + after.escaped, strict=True)
+    return read > 0 and all(_close(*(_less(t, hidden) for t in pair)) for pair in pairs)
+
+
+def _hidden(call: Call) -> Tensor | None:
+    tensors = [a for a in [*call.args, *call.kwargs.values()] if isinstance(a, Tensor)]
+    return next((t for t in tensors if t.is_floating_point() and t.dim() == 3), None)
+
+
+def _less(x: Tensor, hidden: Tensor | None) -> Tensor:
+    return x - hidden.to(x.dtype) if hidden is not None and hidden.shape == x.shape else x
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Equal to 1e-5 relative to `a` itself; what is not finite must be so in both."""
+    if a.shape != b.shape:
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    a, b = a.double(), b.double()
+    finite = a.isfinite()
+    if not torch.equal(finite, b.isfinite()):
+        return False
+    a, b = a[finite], b[finite]
+    return bool((a - b).norm() <= TOLERANCE * a.norm())

@@ -1,0 +1,103 @@
+"""Smoothing leaves the function as it was, whatever the vectors."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from qlinear.errors import SchemeError
+from qlinear.smooth import Smoothing, group_scale, smoothing_scale, weight_statistic
+from qlinear.structure import find_groups
+from test_structure import WIDTH, Block, OnePlusNorm, call_of, folds_of, perturbed
+
+
+def test_the_papers_worked_example() -> None:
+    s = smoothing_scale(torch.tensor([2.0, 16, 2, 9]), torch.tensor([2.0, 1, 2, 1]), alpha=0.5)
+    assert s.tolist() == [1.0, 4.0, 1.0, 3.0]
+
+
+@given(st.integers(0, 2**31), st.floats(0, 1), st.integers(1, 40), st.booleans())
+def test_the_formula_is_that_of_its_definition_in_float64(
+    seed: int, alpha: float, width: int, normalize: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    a, w = np.exp(rng.normal(size=width) * 3), np.exp(rng.normal(size=width))
+    expected = np.maximum(a**alpha / w ** (1 - alpha), 1e-5)
+    if normalize:
+        expected = expected / np.sqrt(expected.max() * expected.min())
+    s = smoothing_scale(torch.tensor(a), torch.tensor(w), alpha, normalize=normalize)
+    np.testing.assert_allclose(s.numpy(), expected, rtol=1e-5)
+
+
+@given(st.integers(0, 2**31), st.sampled_from([None, 4, 8]))
+def test_weight_statistics_are_those_of_their_definitions_in_float64(
+    seed: int, group_size: int | None
+) -> None:
+    rng = np.random.default_rng(seed)
+    weights = [rng.normal(size=(rows, 16)) for rows in (3, 5)]
+    whole = np.abs(np.concatenate(weights))
+    groups = whole.reshape(len(whole), -1, group_size or 16)
+    mean = (groups / groups.max(-1, keepdims=True)).reshape(whole.shape).mean(0)
+    tensors = [torch.tensor(w) for w in weights]
+    np.testing.assert_allclose(weight_statistic(tensors, "mean", group_size).numpy(), mean, rtol=1e-5)
+    np.testing.assert_allclose(weight_statistic(tensors, "absmax").numpy(), whole.max(0), rtol=1e-6)
+
+
+def test_silent_channels_and_empty_columns_keep_a_scale_of_one() -> None:
+    s = smoothing_scale(torch.tensor([0.0, 5.0, 4.0]), torch.tensor([1.0, 0.0, 1.0]))
+    assert s.tolist() == [1.0, 1.0, 2.0]
+    assert weight_statistic([torch.zeros(2, 3)], "mean").tolist() == [0, 0, 0]
+
+
+def test_alpha_outside_its_range_is_refused() -> None:
+    with pytest.raises(SchemeError, match=r"alpha must lie in \[0, 1\]; got 1.5"):
+        smoothing_scale(torch.ones(2), torch.ones(2), 1.5)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm", [lambda: nn.RMSNorm(WIDTH), lambda: nn.LayerNorm(WIDTH), OnePlusNorm])
+def test_folding_leaves_the_blocks_output_unchanged(norm: type[nn.Module], stored: torch.dtype) -> None:
+    """Even where a gain is rounded to bfloat16: the readers compensate the gain that is stored."""
+    block = perturbed(Block(norm))
+    for name, p in block.named_parameters():
+        p.data = p.to(stored).float()
+        if "norm" in name and name.endswith("bias"):
+            p.data.zero_()  # a bias is rounded as well, and nothing can compensate that
+    for linear in (block.attention.v, block.up):
+        linear.bias.data.zero_()
+    trace, _, folds = folds_of(block)
+    x = call_of(block, 2, 8).args[0]
+    expected = block(x)
+    stats = {p.weight: p.x.abs().amax(0) * torch.rand(p.x.shape[1]) * 100 for p in trace.products}
+    matrices = {w: w.of(block).detach().clone() for w in stats}
+    smoothing = Smoothing()
+    for group in find_groups(trace, folds):
+        assert group.fold is not None
+        smoothing.fold(block, group.fold, group_scale(group, matrices, stats, 0.7), stored)
+    for weight, matrix in matrices.items():
+        weight.of(block).data.copy_(smoothing.apply(weight, matrix))
+    assert len(smoothing.columns) == len(matrices)
+    torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-4)
+    gain = block.norm1.weight
+    assert torch.equal(gain, gain.to(stored).float()), "the gain is one that the file can hold"
+
+
+def test_a_kept_vector_divides_the_input_and_multiplies_the_weight() -> None:
+    block = perturbed(Block())
+    trace, _, _ = folds_of(block)
+    smoothing = Smoothing()
+    product = trace.products[0]
+    s = torch.rand(WIDTH) + 0.5
+    smoothing.keep(product.weight, s)
+    matrix = smoothing.apply(product.weight, product.weight.of(block))
+    torch.testing.assert_close((product.x / s) @ matrix.T, product.x @ product.weight.of(block).T)
+
+
+def test_one_vector_serves_every_reader_of_a_group() -> None:
+    trace, _, folds = folds_of(perturbed(Block()))
+    group = next(g for g in find_groups(trace, folds) if len(g.weights) == 3)
+    stats = {w: torch.full((WIDTH,), float(i + 1)) for i, w in enumerate(group.weights)}
+    matrices = {w: torch.ones(4, WIDTH) * (i + 1) for i, w in enumerate(group.weights)}
+    assert group_scale(group, matrices, stats, 0.5).tolist() == [1.0] * WIDTH

@@ -1,0 +1,230 @@
+"""Who feeds whom is found by running, and a wrong fold cannot pass the proof."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qlinear.blocks import Call
+from qlinear.structure import Fold, InputGroup, Trace, find_groups, prove, proved
+from qlinear.structure.find import Finder
+
+WIDTH, HEADS, KV_HEADS = 32, 4, 2
+HEAD = WIDTH // HEADS
+
+
+def perturbed(module: nn.Module) -> nn.Module:
+    """With no gain at 1 and no bias at 0, so that nothing is trivially right."""
+    torch.manual_seed(1)
+    for p in module.parameters():
+        p.data += torch.randn_like(p) * 0.2
+    return module.eval()
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; `clip` clamps what the projections give, as OLMo's clip_qkv does."""
+
+    def __init__(self, clip: float | None = None) -> None:
+        super().__init__()
+        self.q, self.o = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.k, self.v = (nn.Linear(WIDTH, KV_HEADS * HEAD) for _ in range(2))
+        self.clip = clip
+
+    def forward(self, x: Tensor, shared: dict[str, Tensor] | None = None) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (-1, HEAD)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        if self.clip is not None:
+            q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
+        if shared is not None:
+            shared["v"] = v
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+class OnePlusNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * (1 + self.weight)
+
+
+class Block(nn.Module):
+    def __init__(
+        self, norm: Callable[[], nn.Module] = lambda: nn.RMSNorm(WIDTH), clip: float | None = None
+    ) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.attention = norm(), norm(), Attention(clip)
+        self.gate, self.up = nn.Linear(WIDTH, 48, bias=False), nn.Linear(WIDTH, 48)
+        self.down = nn.Linear(48, WIDTH)
+
+    def middle(self, gate: Tensor, up: Tensor) -> Tensor:
+        return F.silu(gate) * up
+
+    def forward(self, x: Tensor, shared: dict[str, Tensor] | None = None) -> Tensor:
+        x = x + self.attention(self.norm1(x), shared)
+        h = self.norm2(x)
+        return x + self.down(self.middle(self.gate(h), self.up(h)))
+
+
+def call_of(block: nn.Module, batch: int, length: int, **kwargs: object) -> Call:
+    x = torch.randn(batch, length, WIDTH, generator=torch.Generator().manual_seed(2))
+    return Call(block, block.forward, (x,), dict(kwargs))
+
+
+def folds_of(block: nn.Module, **kwargs: object) -> tuple[Trace, list[Fold], list[Fold]]:
+    """A run of the block, the folds that experiments suggest, and those that are proved."""
+    finder = Finder(block, call_of(block, 16, 1, **kwargs))
+    guessed = list(finder.folds())
+    return finder.trace, guessed, proved(block, call_of(block, 2, 8, **kwargs), guessed)
+
+
+def described(groups: list[InputGroup]) -> set[tuple[tuple[str, ...], str | None]]:
+    return {(tuple(w.module for w in g.weights), g.fold.producer.name if g.fold else None) for g in groups}
+
+
+EVERYTHING = {
+    (("attention.q", "attention.k", "attention.v"), "norm1"),
+    (("attention.o",), "attention.v"),
+    (("gate", "up"), "norm2"),
+    (("down",), "up"),
+}
+
+
+@pytest.mark.parametrize("norm", [lambda: nn.RMSNorm(WIDTH), lambda: nn.LayerNorm(WIDTH), OnePlusNorm])
+def test_every_fold_of_a_gated_block_is_found_and_proved(norm: Callable[[], nn.Module]) -> None:
+    block = perturbed(Block(norm))
+    trace, _, folds = folds_of(block)
+    assert described(find_groups(trace, folds)) == EVERYTHING
+    assert prove(block, call_of(block, 2, 8), folds), "folds that hold one by one hold together"
+
+
+def test_value_heads_are_mapped_to_the_query_heads_that_repeat_them() -> None:
+    _, _, folds = folds_of(perturbed(Block()))
+    (reader,) = next(fold.readers for fold in folds if fold.producer.name == "attention.v")
+    expected = (
+        torch.arange(KV_HEADS * HEAD).view(KV_HEADS, 1, HEAD).expand(-1, HEADS // KV_HEADS, -1).flatten()
+    )
+    assert torch.equal(reader.channels, expected)
+
+
+def test_the_one_plus_norm_is_told_from_the_plain_one() -> None:
+    for norm, offset in ((OnePlusNorm, 1.0), (lambda: nn.RMSNorm(WIDTH), 0.0)):
+        _, _, folds = folds_of(perturbed(Block(norm)))
+        assert {fold.producer.offset for fold in folds if fold.producer.gain} == {offset}
+
+
+class Fused(Block):
+    """One projection for queries, keys and values interleaved by head, one for gate and up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.attention, self.gate, self.up
+        self.qkv, self.o = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.gate_up = nn.Linear(WIDTH, 96)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (HEADS, 3, HEAD)).permute(3, 0, 2, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.o(y.transpose(1, 2).flatten(2))
+        gate, up = self.gate_up(self.norm2(x)).chunk(2, -1)
+        return x + self.down(self.middle(gate, up))
+
+
+def test_the_layout_of_fused_projections_is_found() -> None:
+    trace, _, folds = folds_of(perturbed(Fused()))
+    assert described(find_groups(trace, folds)) == {
+        (("qkv",), "norm1"), (("o",), "qkv"), (("gate_up",), "norm2"), (("down",), "gate_up")
+    }  # fmt: skip
+    (reader,) = next(fold.readers for fold in folds if fold.producer.name == "qkv")
+    value_rows = torch.arange(3 * WIDTH).view(HEADS, 3, HEAD)[:, 2].flatten()
+    assert torch.equal(reader.channels, value_rows)
+
+
+class Relu(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.relu(self.up(self.norm2(x)) - 3))
+
+
+class ReluFromLinear(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.relu(self.up(self.norm2(x))))
+
+
+def test_a_linear_folds_through_a_relu_but_not_through_a_shifted_one() -> None:
+    with_relu, shifted = perturbed(ReluFromLinear()), perturbed(Relu())
+    # Channels that the ReLU silences on every token are mapped as well.
+    with_relu.up.bias.data[:5] = -50
+    _, _, folds = folds_of(with_relu)
+    (down,) = next(fold.readers for fold in folds if fold.producer.name == "up")
+    assert torch.equal(down.channels, torch.arange(48))
+    _, _, folds = folds_of(shifted)
+    assert "up" not in {fold.producer.name for fold in folds}
+
+
+class HiddenConsumer(Block):
+    """The norm's output is also added to the result, where no weight sees it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm2(x)
+        return x + self.down(self.middle(self.gate(h), self.up(h))) + 1e-3 * h.roll(1, -1)
+
+
+class SharedValues(Block):
+    """Leaves its values in a dict for a later block."""
+
+
+class KeptValues(Block):
+    """Leaves its values in an attribute."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shared: dict[str, Tensor] = {}
+        y = super().forward(x, shared)
+        self.values = shared["v"]
+        return y
+
+
+def refused(block: nn.Module, name: str, **kwargs: object) -> bool:
+    """Whether the fold into `name` was suggested, and not proved."""
+    _, guessed, folds = folds_of(block, **kwargs)
+    assert name in {fold.producer.name for fold in guessed}, "the trap has to be walked into"
+    return name not in {fold.producer.name for fold in folds}
+
+
+def test_a_producer_with_a_hidden_second_consumer_is_refused() -> None:
+    assert refused(perturbed(HiddenConsumer()), "norm2")
+
+
+def test_a_hidden_consumer_behind_a_large_residual_is_refused() -> None:
+    block = perturbed(HiddenConsumer())
+    call = call_of(block, 2, 8)
+    call.args[0][..., 0] = 1e6
+    _, guessed, _ = folds_of(block)
+    fold = next(fold for fold in guessed if fold.producer.name == "norm2")
+    assert not prove(block, call, [fold])
+
+
+def test_a_producer_that_a_later_block_reads_is_refused() -> None:
+    assert refused(perturbed(SharedValues()), "attention.v", shared={})
+    assert refused(perturbed(KeptValues()), "attention.v")
+
+
+def test_a_clamp_that_bites_only_at_large_values_is_refused() -> None:
+    block = perturbed(Block(clip=150.0))
+    x = call_of(block, 2, 8).args[0]
+    assert block.attention.v(block.norm1(x)).abs().max() < 150 / 2**4, "it does not bite on these tokens"
+    assert refused(block, "attention.v")
+
+
+def test_without_producers_weights_are_grouped_by_the_tensor_they_read() -> None:
+    trace, _, _ = folds_of(perturbed(Block()))
+    assert {tuple(w.module for w in g.weights) for g in find_groups(trace, [])} == {g for g, _ in EVERYTHING}
+
+
+def test_experiments_leave_the_block_as_it_was() -> None:
+    block = perturbed(Block(OnePlusNorm))
+    before = {name: p.clone() for name, p in block.named_parameters()}
+    folds_of(block)
+    assert all(torch.equal(p, before[name]) for name, p in block.named_parameters())
