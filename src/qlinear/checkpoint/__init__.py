@@ -3,6 +3,7 @@
 from .header import TensorInfo
 from .output import clear, require_empty, require_space, write_atomically
 from .reader import Checkpoint
+from .skeleton import load_config, skeleton
 from .writer import ShardWriter
 
 __all__ = [
@@ -10,7 +11,9 @@ __all__ = [
     "ShardWriter",
     "TensorInfo",
     "clear",
+    "load_config",
     "require_empty",
     "require_space",
+    "skeleton",
     "write_atomically",
 ]

@@ -1,0 +1,107 @@
+"""A transformers model without its weights: all modules in place, parameters on meta, buffers real.
+
+`from_pretrained` builds on meta altogether and then computes the buffers anew; that misses those which
+custom code computes in its `__init__`. Here a parameter becomes meta at the moment a module registers it, and what is
+not a parameter (rotary tables, masks, position ids) is computed by the model's own code, for real.
+"""
+
+import contextlib
+import copy
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def load_config(folder: str | Path, trust_remote_code: bool = False) -> "PreTrainedConfig":
+    """The config of a checkpoint folder. Raises CheckpointError if transformers knows none for it."""
+    from transformers import AutoConfig
+
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{folder} has a config.json that transformers cannot use: {reason}") from None
+    return config
+
+
+def skeleton(
+    config: "PreTrainedConfig | str | Path",
+    dtype: torch.dtype | None = None,
+    *,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+    experts_implementation: str = "eager",
+) -> "PreTrainedModel":
+    """The causal language model of a config, or of a checkpoint folder, with its parameters on meta.
+
+    dtype: of the parameters; where None the config's, float32 if it names none. Those that the model insists
+    on keeping in float32 are, as in `from_pretrained`. Tied weights are one parameter; the model is in
+    evaluation mode and keeps no cache. Raises CheckpointError if there is no such class or it can't be built.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if isinstance(config, str | Path):
+        config = load_config(config, trust_remote_code)
+    config = copy.deepcopy(config)
+    options: dict[str, Any] = {"experts_implementation": experts_implementation}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    dtype = dtype or _config_dtype(config)
+    try:
+        with _parameters_on_meta():
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=dtype, trust_remote_code=trust_remote_code, **options
+            )
+    except (ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"no causal language model can be built from config.json: {reason}") from None
+    _keep_in_float32(model, dtype)
+    for part in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        part.use_cache = False
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
+
+
+def _config_dtype(config: "PreTrainedConfig") -> torch.dtype:
+    named = config.dtype or config.get_text_config().dtype or torch.float32
+    return getattr(torch, named) if isinstance(named, str) else named
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Inside, a module that registers a parameter gets it on meta, where no initialisation touches it."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(module, name, param)
+        if param is not None and not param.is_meta:
+            meta = nn.Parameter(param.to("meta"), requires_grad=False)
+            # transformers' own mark: its initialisation functions leave such a parameter alone.
+            vars(meta).update(vars(param), _is_hf_initialized=True)
+            module._parameters[name] = meta
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _keep_in_float32(model: "PreTrainedModel", dtype: torch.dtype) -> None:
+    """Give what a model's class wants in float32 that dtype, persistent buffers too, as `from_pretrained` does."""
+    patterns = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(dtype)]
+    if not patterns:
+        return
+    wanted = re.compile("|".join(patterns))
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if wanted.search(name) and tensor.is_floating_point():
+            tensor.data = tensor.data.float()
