@@ -1,5 +1,6 @@
 """Checkpoints: reading tensors one at a time, writing shards as they come, one file per on-disk layout."""
 
+from .conversion import NameMap
 from .header import TensorInfo
 from .output import clear, require_empty, require_space, write_atomically
 from .reader import Checkpoint
@@ -8,6 +9,7 @@ from .writer import ShardWriter
 
 __all__ = [
     "Checkpoint",
+    "NameMap",
     "ShardWriter",
     "TensorInfo",
     "clear",
