@@ -1,0 +1,155 @@
+"""Where text comes from: files, folders and Hub datasets, read into a list of documents.
+
+Every kind of source is a generator of rows, each with the place (file and line) that an error about it names; what
+a row means is decided once, in `_document`.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from ..errors import DataError
+
+Conversation = Sequence[Mapping[str, Any]]
+Document = str | Conversation
+
+# From a Hub dataset, at most this many rows: calibration needs hundreds, and some have billions.
+HUB_ROWS = 10_000
+_HUB_ID = re.compile(r"(?P<id>[\w-][\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+))?")
+
+
+def load_texts(source: str | Path) -> list[Document]:
+    """The documents of a .txt, .jsonl or .parquet file, of all such files in a folder, or of a Hub dataset.
+
+    A .txt file is one document; a row of the others has one in its column `text` or `messages`. A Hub dataset is
+    named "owner/name" or "owner/name:config", and of its training split the first 10,000 rows are read. Blank
+    texts are left out. Raises DataError, naming file and line, for anything that cannot be read.
+    """
+    texts = [text for place, row in _rows(source) if not _is_blank(text := _document(row, place))]
+    if not texts:
+        raise DataError(f"{source} holds no text: it is empty or blank")
+    return texts
+
+
+def _rows(source: str | Path) -> Iterator[tuple[str, Any]]:
+    """(place, row) of every row of a source; the place is what an error about the row names."""
+    path, hub = Path(source), _HUB_ID.fullmatch(str(source))
+    if hub and not path.exists() and path.suffix not in _READERS:
+        return _hub_rows(hub["id"], hub["config"])
+    return chain.from_iterable(_READERS[file.suffix](file) for file in _files(path))
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in _READERS and file.is_file())
+        if not files:
+            raise DataError(f"{path} holds no {_KINDS} file: name a file or a folder that does")
+        return files
+    if not path.exists():
+        raise DataError(
+            f"no such file: {path}; name a {_KINDS} file, a folder of them, or a Hub id owner/name"
+        )
+    if path.suffix not in _READERS:
+        raise DataError(f"{path} is of an unknown kind {path.suffix!r}: the kinds read are {_KINDS}")
+    return [path]
+
+
+def _is_blank(document: Document) -> bool:
+    return isinstance(document, str) and not document.strip()
+
+
+def _document(row: Any, place: str) -> Document:
+    """The text or the messages of one row. Raises DataError, naming the place, where it has neither."""
+    if not isinstance(row, Mapping):
+        raise DataError(
+            f"{place}: a row must be an object with `text` or `messages`; got {type(row).__name__}"
+        )
+    if isinstance(text := row.get("text"), str):
+        return text
+    if is_conversation(messages := row.get("messages")):
+        return messages
+    raise DataError(f"{place}: neither a string `text` nor a list `messages` of role and content")
+
+
+def is_conversation(value: Any) -> TypeGuard[Conversation]:
+    """Whether a value is a list of at least one message, each with a role."""
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        return False
+    return bool(value) and all(isinstance(m, Mapping) and "role" in m for m in value)
+
+
+def _text_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    yield str(path), {"text": _read(path)}
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    # Lines end at \n alone: str.splitlines would also split at U+2028, which JSON strings may hold.
+    for number, line in enumerate(_read(path).split("\n"), 1):
+        if line.strip():
+            place = f"{path}, line {number}"
+            try:
+                yield place, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{place}: not JSON ({error.msg} at column {error.colno})") from None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    parquet = _from_extra("pyarrow.parquet", f"reading {path}")
+    arrow = import_module("pyarrow")
+    try:
+        file = parquet.ParquetFile(path)
+    except (OSError, arrow.ArrowException) as error:
+        raise DataError(f"{path} is no parquet file: {one_line(error)}") from None
+    with file:
+        columns = [name for name in ("text", "messages") if name in file.schema_arrow.names]
+        if not columns:
+            raise DataError(
+                f"{path} has no column `text` or `messages`; its columns: {file.schema_arrow.names}"
+            )
+        number = 0
+        for batch in file.iter_batches(columns=columns):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", row
+
+
+def _hub_rows(name: str, config: str | None) -> Iterator[tuple[str, Any]]:
+    datasets = _from_extra("datasets", f"reading {name} from the Hub")
+    try:
+        rows = datasets.load_dataset(name, config, split="train", streaming=True)
+        for number, row in enumerate(islice(rows, HUB_ROWS), 1):
+            yield f"{name}, row {number}", row
+    except (OSError, ValueError) as error:  # no network, no such dataset, config or split
+        raise DataError(
+            f"{name} is no file here, and the Hub dataset cannot be read: {one_line(error)}"
+        ) from None
+
+
+# How each kind of file becomes rows; a kind is its suffix.
+_READERS = {".txt": _text_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
+_KINDS = ", ".join(_READERS)
+
+
+def _from_extra(module: str, purpose: str) -> Any:
+    """A module of the optional extra `data`. Raises DataError, naming the extra, where it is missing."""
+    try:
+        return import_module(module)
+    except ImportError:
+        package = module.partition(".")[0]
+        raise DataError(f"{purpose} needs the package {package}: pip install 'qlinear[data]'") from None
+
+
+def one_line(error: BaseException) -> str:
+    """The beginning of somebody else's message, fit for the inside of one of ours."""
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,188 @@
+"""Documents to token ids of equal length.
+
+Documents are strung together and the stream is cut into full sequences: none is ever padded, so padding cannot enter
+a statistic and nothing downstream needs an attention mask.
+"""
+
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+from .sources import Conversation, Document, is_conversation, load_texts, one_line
+
+if TYPE_CHECKING:  # importing transformers takes seconds, and random ids and tensors never need it
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+Source = str | Path | Tensor | Iterable[Document]
+
+
+def token_ids(
+    source: Source,
+    samples: int,
+    seq_len: int,
+    *,
+    config: "PreTrainedConfig",
+    tokenizer: "Callable[[], PreTrainedTokenizerBase]",
+    seed: int | None = 0,
+) -> Tensor:
+    """Token ids (n, seq_len), int64, from any source; n is at most `samples`, and fewer where text runs out.
+
+    source: "random"; a .txt, .jsonl or .parquet file, or a folder of them; a Hub dataset id; documents; or ids
+    (n, any length) themselves, which are taken as they are, all of them. tokenizer: called only where there is
+    text to tokenize. seed: of the choice of sequences; None takes the first ones in order. Raises DataError.
+    """
+    text_config = config.get_text_config()
+    if isinstance(source, Tensor):
+        return _checked_ids(source, text_config)
+    _require_positive(samples=samples, seq_len=seq_len)
+    check_length(config, seq_len)
+    if source == "random":
+        return random_ids(config, samples, seq_len, seed or 0)
+    texts = load_texts(source) if isinstance(source, str | Path) else source
+    return _checked_ids(tokenize(texts, tokenizer(), samples, seq_len, seed), text_config)
+
+
+def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a checkpoint folder. Raises DataError where there is none that can tell words apart."""
+    from transformers import AutoTokenizer
+
+    mend = "put the tokenizer's files there, or calibrate on 'random' or on token ids"
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise DataError(f"no tokenizer can be loaded from {folder}: {one_line(error)}; {mend}") from None
+    # Where no tokenizer file is found, transformers may answer with one that knows only its special tokens.
+    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
+        raise DataError(f"no tokenizer in {folder}: {mend}")
+    return tokenizer
+
+
+def tokenize(
+    texts: Iterable[Document],
+    tokenizer: "PreTrainedTokenizerBase",
+    samples: int,
+    seq_len: int,
+    seed: int | None = 0,
+) -> Tensor:
+    """Full sequences (n, seq_len), int64, of the documents strung together; n is at most `samples`.
+
+    Each document brings the special tokens that the tokenizer gives it (BOS, where it does that). With a seed,
+    documents are shuffled and sequences drawn from as many as are needed; with None, the first sequences in order.
+    Where there is too little text, all its full sequences come back, fewer than asked. Raises DataError for no
+    text, less than one sequence of it, and conversations without a chat template.
+    """
+    _require_positive(samples=samples, seq_len=seq_len)
+    documents, draw = list(texts), random.Random(seed)
+    if not documents:
+        raise DataError("there is no text: the source is empty")
+    if seed is not None:
+        draw.shuffle(documents)
+    stream: list[int] = []
+    for document in documents:
+        stream += _encode(document, tokenizer)
+        if len(stream) >= samples * seq_len:
+            break
+    rows = len(stream) // seq_len
+    if not rows:
+        raise DataError(
+            f"the text has {len(stream)} tokens, fewer than seq_len {seq_len}: give more text or shorter sequences"
+        )
+    kept = list(range(min(samples, rows)))
+    if seed is not None:
+        kept = sorted(draw.sample(range(rows), len(kept)))
+    return torch.tensor(stream[: rows * seq_len]).view(rows, seq_len)[kept]
+
+
+def _encode(document: Document, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The token ids of one document. A chat template writes the special tokens itself, so none are added to it."""
+    if isinstance(document, str):
+        ids: list[int] = tokenizer(document, verbose=False)["input_ids"]
+        return ids
+    if not is_conversation(document):
+        raise DataError(
+            f"a document must be a text or a list of messages, got {type(document).__name__}: token ids are "
+            "given as a LongTensor (n, seq_len)"
+        )
+    ids = tokenizer(_as_text(document, tokenizer), add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _as_text(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase") -> str:
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise DataError(
+            "the text has `messages`, but the tokenizer has no chat template: give `text` instead"
+        )
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template([dict(m) for m in conversation], tokenize=False))
+    except TemplateError as error:
+        raise DataError(f"the chat template refuses a conversation: {one_line(error)}") from None
+
+
+def random_ids(config: "PreTrainedConfig", samples: int, seq_len: int, seed: int = 0) -> Tensor:
+    """Uniformly random ids (samples, seq_len), int64, for experiments that need no text.
+
+    Ids that the config names (padding, image placeholders, ...) are left out: models treat them specially.
+    """
+    named = {value for key, value in _flat(config.to_dict()) if re.search("token_(id|index)$", key)}
+    allowed = [i for i in range(config.get_text_config().vocab_size) if i not in named]
+    if not allowed:
+        raise DataError(
+            "the vocabulary has no ordinary tokens to draw random ids from: give text or token ids"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    return torch.tensor(allowed)[torch.randint(len(allowed), (samples, seq_len), generator=generator)]
+
+
+def _flat(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Key and integer value of a config and of the configs nested in it; lists give one pair per element."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value)
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, int):
+                yield key, each
+
+
+def check_length(config: "PreTrainedConfig", seq_len: int) -> None:
+    """Raise DataError if sequences are longer than the positions that the model was made for."""
+    text_config = config.get_text_config()
+    # Other names (n_positions, ...) are aliases that the config itself resolves.
+    for name in ("max_position_embeddings", "max_seq_len"):
+        limit = getattr(text_config, name, None)
+        if isinstance(limit, int) and 0 < limit < seq_len:
+            raise DataError(
+                f"seq_len {seq_len} is longer than the model takes ({name} {limit}): use at most {limit}"
+            )
+
+
+def _checked_ids(ids: Tensor, config: "PreTrainedConfig") -> Tensor:
+    """Ids as int64, once they are known to be (n, seq_len) of the model's vocabulary and length."""
+    if ids.dim() != 2 or ids.numel() == 0 or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise DataError(
+            f"token ids must be an integer tensor (n, seq_len), n and seq_len at least 1; got {tuple(ids.shape)} "
+            f"{ids.dtype}"
+        )
+    check_length(config, ids.shape[1])
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= config.vocab_size:
+        raise DataError(
+            f"token ids must be in 0 ... {config.vocab_size - 1}, the model's vocabulary; got {low} ... {high}: "
+            "is the tokenizer another model's?"
+        )
+    return ids.long()
+
+
+def _require_positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise DataError(f"{name} must be at least 1; got {value}")
