@@ -105,10 +105,9 @@ def _read(path: Path) -> str:
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    parquet = _from_extra("pyarrow.parquet", f"reading {path}")
-    arrow = import_module("pyarrow")
+    arrow = _from_extra("pyarrow", f"reading {path}")
     try:
-        file = parquet.ParquetFile(path)
+        file = import_module("pyarrow.parquet").ParquetFile(path)
     except (OSError, arrow.ArrowException) as error:
         raise DataError(f"{path} is no parquet file: {one_line(error)}") from None
     with file:
@@ -146,8 +145,7 @@ def _from_extra(module: str, purpose: str) -> Any:
     try:
         return import_module(module)
     except ImportError:
-        package = module.partition(".")[0]
-        raise DataError(f"{purpose} needs the package {package}: pip install 'qlinear[data]'") from None
+        raise DataError(f"{purpose} needs the package {module}: pip install 'qlinear[data]'") from None
 
 
 def one_line(error: BaseException) -> str:
