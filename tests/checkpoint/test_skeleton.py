@@ -32,6 +32,17 @@ def test_parameters_are_on_meta_and_buffers_are_those_of_from_pretrained(
     assert not model.training
 
 
+def test_parameters_larger_than_the_machine_take_no_memory(tmp_path: Path) -> None:
+    from transformers import MixtralConfig
+
+    config = MixtralConfig(
+        hidden_size=1 << 16, intermediate_size=1 << 18, num_local_experts=64, num_hidden_layers=1
+    )
+    model = skeleton(config, torch.bfloat16)
+    assert max(parameter.nbytes for parameter in model.parameters()) > 4e12
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
 def test_a_model_type_that_nobody_knows_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "nonesuch"}')
     with pytest.raises(CheckpointError, match="nonesuch") as caught:

@@ -14,11 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ..errors import CheckpointError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+
+# More memory than any buffer asks for without filling it at once.
+_LARGE = 64 << 20
 
 
 def load_config(folder: str | Path, trust_remote_code: bool = False) -> "PreTrainedConfig":
@@ -57,7 +62,7 @@ def skeleton(
         options["attn_implementation"] = attn_implementation
     dtype = dtype or _config_dtype(config)
     try:
-        with _parameters_on_meta():
+        with _parameters_on_meta(), _LargeOnMeta():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=dtype, trust_remote_code=trust_remote_code, **options
             )
@@ -94,6 +99,23 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Inside, a large `torch.empty`, a parameter's in the making, takes no address space before it is registered.
+
+    All experts of a layer are one parameter, and the system refuses an allocation larger than its memory.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty:
+            made = func(*args, **(kwargs | {"device": "meta"}))
+            if made.nbytes >= _LARGE:
+                return made
+        return func(*args, **kwargs)
 
 
 def _keep_in_float32(model: "PreTrainedModel", dtype: torch.dtype) -> None:
