@@ -81,7 +81,7 @@ def test_released_parts_can_be_loaded_again_into_the_same_memory(architecture: s
         addresses = {p.data_ptr() for p in model.get_submodule(part).parameters()}
         names.release(part)
         names.materialize(part)
-        if architecture == "llama":
+        if architecture != "qwen3":  # its embedding is in use as the output head
             assert {p.data_ptr() for p in model.get_submodule(part).parameters()} == addresses
     names.release("")
     assert all(parameter.is_meta for parameter in model.parameters())
