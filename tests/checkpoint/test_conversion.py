@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 from qlinear.checkpoint import Checkpoint, skeleton
 from qlinear.checkpoint.conversion import NameMap
@@ -194,3 +194,22 @@ def test_experts_of_different_shapes_are_refused(tmp_path: Path) -> None:
     save_file({**tensors, name: tensors[name][:-1].contiguous()}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="cannot be made from"):
         NameMap(skeleton(tmp_path), Checkpoint.open(tmp_path))
+
+
+def test_the_text_model_of_a_multimodal_checkpoint_keeps_the_file_s_names(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    text = {
+        k: v
+        for k, v in ARCHITECTURES["llama"].items()
+        if not k.endswith("_id") and k != "max_position_embeddings"
+    }
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32}
+    config = Qwen3_5Config(text_config={**text, "layer_types": ["full_attention"] * 2}, vision_config=vision)
+    Qwen3_5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    model, names = filled(tmp_path)
+    assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(tmp_path)))
+    assert names.unused
+    assert all(name.startswith("model.visual.") for name in names.unused)
+    name = next(name for name, _ in model.named_modules() if name.endswith("layers.1.mlp.up_proj"))
+    assert name == "model.layers.1.mlp.up_proj"
+    assert names.source_module(name) == "model.language_model.layers.1.mlp.up_proj"

@@ -1,6 +1,7 @@
 """A checkpoint is read as the safetensors library reads it, and damage is named before any work."""
 
 import json
+import shutil
 import struct
 from pathlib import Path
 
@@ -259,3 +260,34 @@ def test_only_files_that_are_not_weights_are_taken_over(folder: Path) -> None:
     assert [str(path) for path in Checkpoint.open(folder).other_files()] == sorted(
         [*kept, "chat_template.jinja"]
     )
+
+
+def test_a_read_error_names_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint.open(folder)
+
+    def broken(*arguments: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("os.preadv", broken)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read .Input/output error"):
+        checkpoint.read("a.weight")
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_named(folder: Path) -> None:
+    checkpoint = Checkpoint.open(folder)
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="it was changed"):
+        checkpoint.read("a.weight")
+
+
+def test_the_fingerprint_follows_the_content_and_not_the_place(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    before = Checkpoint.open(folder).fingerprint()
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    shutil.copytree(folder, elsewhere, dirs_exist_ok=True)
+    assert Checkpoint.open(elsewhere).fingerprint() == before
+    save_file({**TENSORS, "a.weight": TENSORS["a.weight"] + 1}, elsewhere / "model.safetensors")
+    assert Checkpoint.open(elsewhere).fingerprint() != before
+    (folder / "config.json").write_text('{"model_type": "qwen2"}')
+    assert Checkpoint.open(folder).fingerprint() != before

@@ -1,5 +1,6 @@
 """What is written reads back bit for bit, in the safetensors library too, interrupted or not."""
 
+import errno
 import json
 import tempfile
 from pathlib import Path
@@ -197,6 +198,27 @@ def test_an_interrupted_atomic_write_leaves_the_old_file(
         raise OSError("power cut")
 
     monkeypatch.setattr("os.fsync", power_cut)
-    with pytest.raises(OSError, match="power cut"):
+    with pytest.raises(OutputError, match="power cut"):
         write_atomically(target, b"new")
     assert target.read_bytes() == b"old"
+
+
+def test_a_full_disk_is_named_and_what_was_committed_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = ShardWriter(tmp_path)
+    writer.add("a", torch.ones(8))
+    state = writer.commit()
+
+    def full(descriptor: int, data: memoryview) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.write", full)
+        with pytest.raises(OutputError, match=r"cannot be written to .No space left"):
+            writer.add("b", torch.ones(8))
+    writer.close()
+    resumed = ShardWriter.resume(tmp_path, state)
+    resumed.add("b", torch.zeros(8))
+    resumed.finish()
+    assert set(load_file(tmp_path / "model.safetensors")) == {"a", "b"}

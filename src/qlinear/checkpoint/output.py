@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import OutputError
@@ -23,16 +25,32 @@ _CHECKPOINT_FILES = (
 _MARKS = ("config.json", "qlinear.json", ".model-*.partial")
 
 
+@contextmanager
+def writing_to(path: Path) -> Iterator[None]:
+    """Inside, what the system refuses (a full disk, a failing one) is raised as an OutputError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be written to ({error.strerror or error}): mend that and run again; "
+            "what was finished before stays valid"
+        ) from error
+
+
 def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write a file so that at every moment, even a power cut, the old or the whole new one is there."""
+    """Write a file so that at every moment, even a power cut, the old or the whole new one is there.
+
+    Raises OutputError if it cannot be written.
+    """
     path = Path(path)
     beside = path.with_name(f".{path.name}.partial")
-    with beside.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    beside.rename(path)
-    sync_folder(path.parent)
+    with writing_to(path):
+        with beside.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        beside.rename(path)
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

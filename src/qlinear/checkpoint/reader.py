@@ -6,6 +6,8 @@ held open count towards the process's resident set, so a map over a shard would 
 """
 
 import contextlib
+import hashlib
+import json
 import os
 import pickle
 from collections.abc import Iterator
@@ -20,6 +22,8 @@ from ..errors import CheckpointError
 from .header import DTYPE_NAMES, TensorInfo, parse_json, read_header
 
 _CHUNK = 4 << 20
+# Of each tensor, what enters the fingerprint.
+_SAMPLE = 4 << 10
 # Never part of a result: weights in other forms, and what is written anew.
 _WEIGHTS = (
     ".safetensors",
@@ -95,6 +99,17 @@ class Checkpoint:
                 part = buffer[: min(size, info.stop - start)]
                 _read_exactly(file, part, start, info.file)
                 yield part
+
+    def fingerprint(self) -> str:
+        """A hash by which to know the checkpoint again: of its config, its headers and the start of each tensor.
+
+        Where its files lie and when they were written does not enter; nor, to be quick, does most of the data.
+        """
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name, info in sorted(self.tensors.items()):
+            digest.update(json.dumps([name, info.dtype_name, info.shape]).encode())
+            digest.update(next(self.chunks(name, _SAMPLE), b""))
+        return digest.hexdigest()
 
     def other_files(self) -> list[Path]:
         """What a result takes over as it is: tokenizer, generation config, chat template, licence, `*.py`.
@@ -239,7 +254,10 @@ def _read_exactly(descriptor: int, into: memoryview, offset: int, file: Path) ->
     """Fill `into` from `offset`; the kernel may return less than asked (2 GiB at most at a time)."""
     done = 0
     while done < len(into):
-        count = os.preadv(descriptor, [into[done:]], offset + done)
+        try:
+            count = os.preadv(descriptor, [into[done:]], offset + done)
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read ({error.strerror}): check the disk") from error
         if count == 0:
             raise CheckpointError(f"{file} ended at byte {offset + done:,} while it was read: it was changed")
         done += count

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import OutputError
 from .header import BITS, DTYPE_NAMES, read_header
-from .output import sync_folder, write_atomically
+from .output import sync_folder, write_atomically, writing_to
 from .reader import Checkpoint, as_bytes
 
 DEFAULT_SHARD_SIZE = 5 * 10**9
@@ -51,14 +51,15 @@ class _Shard:
 class ShardWriter:
     """Writes tensors into `folder`, which it makes; a shard holds at most `max_shard_size` bytes of data.
 
-    A tensor larger than that has a shard of its own.
+    A tensor larger than that has a shard of its own. Every method raises OutputError where the disk is full.
     """
 
     def __init__(self, folder: str | Path, max_shard_size: int = DEFAULT_SHARD_SIZE) -> None:
         if max_shard_size < 1:
             raise OutputError(f"max_shard_size must be at least 1 byte; got {max_shard_size}")
         self.folder, self.max_shard_size = Path(folder), max_shard_size
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing_to(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         self._names: set[str] = set()
         self._closed = 0
         self._shard = _Shard()
@@ -92,7 +93,8 @@ class ShardWriter:
 
     def commit(self) -> dict[str, Any]:
         """Make all that was added durable; returns the JSON-serialisable state that `resume` goes on from."""
-        os.fsync(self._file)
+        with writing_to(self.folder):
+            os.fsync(self._file)
         return {"max_shard_size": self.max_shard_size, "closed": self._closed, "shard": asdict(self._shard)}
 
     def finish(self) -> dict[str, str]:
@@ -142,7 +144,8 @@ class ShardWriter:
         """Write a tensor's data at the end of the current shard and enter it in the header."""
         start = self._shard.size
         for part in parts:
-            _write_all(self._file, part)
+            with writing_to(self.folder):
+                _write_all(self._file, part)
             self._shard.size += len(part)
         self._shard.entries[name] = entry | {"data_offsets": [start, self._shard.size]}
 
@@ -162,17 +165,19 @@ class ShardWriter:
             data = base64.b64decode(entry.pop("data"))
             self._write(name, entry, [memoryview(data)])
         header = json.dumps({"__metadata__": {"format": "pt"}, **self._shard.entries}, separators=(",", ":"))
-        os.pwrite(self._file, header.encode().ljust(_HEADER_ROOM), 8)
-        os.fsync(self._file)
-        os.close(self._file)
+        with writing_to(self.folder):
+            os.pwrite(self._file, header.encode().ljust(_HEADER_ROOM), 8)
+            os.fsync(self._file)
+            os.close(self._file)
         self._closed += 1
 
     def _partial(self, number: int) -> Path:
         return self.folder / _PARTIAL.format(number)
 
     def _create(self) -> int:
-        file = os.open(self._partial(self._closed + 1), os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        _write_all(file, memoryview(struct.pack("<Q", _HEADER_ROOM) + b" " * _HEADER_ROOM))
+        with writing_to(self.folder):
+            file = os.open(self._partial(self._closed + 1), os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+            _write_all(file, memoryview(struct.pack("<Q", _HEADER_ROOM) + b" " * _HEADER_ROOM))
         return file
 
     def _reopen(self) -> int:
