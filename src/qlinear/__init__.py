@@ -1,6 +1,18 @@
 """qlinear: quantizes the linear layers of transformer checkpoints, and says what it cost."""
 
 from .errors import QLinearError
+from .evaluation import evaluate
+from .inputs import load
+from .inspection import inspect
+from .job import quantize
 from .scheme import Scheme, TensorFormat
 
-__all__ = ["QLinearError", "Scheme", "TensorFormat"]
+__all__ = [
+    "QLinearError",
+    "Scheme",
+    "TensorFormat",
+    "evaluate",
+    "inspect",
+    "load",
+    "quantize",
+]

@@ -67,6 +67,13 @@ class Lane(threading.Thread):
             self._failure = failure
         self._paused.put(None)
 
+    @property
+    def waiting(self) -> Call:
+        """The call that the lane waits in. Raises StructureError if the model has returned."""
+        if self.call is None:
+            raise StructureError("the lane has already passed the whole model")
+        return self.call
+
     def wait_for(self, call: Call) -> Any:
         """From inside the lane: pause in `call` until it is answered, and return the answer."""
         self.call = call
@@ -90,9 +97,7 @@ class Lane(threading.Thread):
 
     def step(self) -> None:
         """Run the block that the lane waits in, and go on to the next."""
-        if self.call is None:
-            raise StructureError("the lane has already passed the whole model")
-        self.advance(self.call.run())
+        self.advance(self.waiting.run())
 
     def close(self) -> None:
         """End the lane wherever it stands."""

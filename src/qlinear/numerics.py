@@ -34,10 +34,11 @@ def _tiles(x: Tensor, fmt: TensorFormat) -> tuple[Tensor, tuple[int, ...]]:
         return x.reshape(1, -1), (1,)
     rows, columns = fmt.tile(x.shape)
     if fmt.granularity != "block":
-        return x.unflatten(-1, (-1, columns)) if columns else x.unsqueeze(-2), (-1,)
+        return x.reshape(*x.shape[:-1], -1, columns) if columns else x.unsqueeze(-2), (-1,)
     pad_rows, pad_columns = -x.shape[-2] % rows, -x.shape[-1] % columns
     padded = torch.nn.functional.pad(x, (0, pad_columns, 0, pad_rows))
-    return padded.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows)), (-3, -1)
+    height, width = padded.shape[-2:]
+    return padded.reshape(*x.shape[:-2], height // rows, rows, width // columns, columns), (-3, -1)
 
 
 def _per_element(scale: Tensor, fmt: TensorFormat, shape: torch.Size) -> Tensor:
@@ -74,12 +75,17 @@ def qparams_from_range(
 ) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point from the least and greatest value of each tile (float32, the scale's shape)."""
     if fmt.symmetric:
-        return _nonzero(torch.maximum(high, -low) / fmt.steps, scale_dtype), None
+        return scale_from_absmax(torch.maximum(high, -low), fmt, scale_dtype), None
     first, last = fmt.code_range
     low, high = low.clamp(max=0), high.clamp(min=0)
     # Each end is divided on its own: high - low may overflow where both are finite.
     scale = _nonzero(high / (last - first) - low / (last - first), scale_dtype)
     return scale, (first - low / scale).round().clamp(first, last)
+
+
+def scale_from_absmax(absmax: Tensor, fmt: TensorFormat, scale_dtype: torch.dtype = torch.float32) -> Tensor:
+    """The symmetric scale, absmax / steps, of each tile (float32, the shape of `absmax`)."""
+    return _nonzero(absmax / fmt.steps, scale_dtype)
 
 
 def _nonzero(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:

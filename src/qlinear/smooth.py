@@ -83,12 +83,14 @@ class Smoothing:
 
     columns: (in,) multiplies a weight's columns. rows: (out,) divides a producer's rows. migration: (in,) stays with a
     layer to divide its input; its `columns` hold the same vector. folded_into: the producer's name, for the report.
+    changed: names of the gains and biases that were divided in place.
     """
 
     columns: dict[Weight, Tensor] = field(default_factory=dict)
     rows: dict[Weight, Tensor] = field(default_factory=dict)
     migration: dict[Weight, Tensor] = field(default_factory=dict)
     folded_into: dict[Weight, str] = field(default_factory=dict)
+    changed: set[str] = field(default_factory=set)
 
     def apply(self, weight: Weight, matrix: Tensor) -> Tensor:
         """The smoothed weight (out, in), float32: diag(1/rows) · W · diag(columns)."""
@@ -98,6 +100,10 @@ class Smoothing:
         if weight in self.rows:
             smoothed = smoothed / self.rows[weight].unsqueeze(1)
         return smoothed
+
+    def touches(self, weight: Weight) -> bool:
+        """Whether `apply` changes this weight."""
+        return weight in self.columns or weight in self.rows
 
     def keep(self, weight: Weight, s: Tensor) -> None:
         """Leave `s` with the layer."""
@@ -111,11 +117,11 @@ class Smoothing:
         """
         s = s.masked_fill(~fold.reached.to(s.device), 1.0)
         producer = fold.producer
-        s = (
-            _into_rows(self, block, producer, s, stored)
-            if producer.weight
-            else _into_gain(block, producer, s, stored)
-        )
+        if producer.weight is None:
+            s = _into_gain(block, producer, s, stored)
+        else:
+            s = self.rows[producer.weight] = _into_rows(block, producer, s, stored)
+        self.changed |= {*producer.gain, *([producer.bias] if producer.bias else [])}
         for reader in fold.readers:
             self.columns[reader.weight] = reader.spread(s)
             self.folded_into[reader.weight] = producer.name
@@ -136,15 +142,11 @@ def _into_gain(block: nn.Module, producer: Producer, s: Tensor, stored: torch.dt
     return s
 
 
-def _into_rows(
-    smoothing: Smoothing, block: nn.Module, producer: Producer, s: Tensor, stored: torch.dtype
-) -> Tensor:
-    assert producer.weight is not None
+def _into_rows(block: nn.Module, producer: Producer, s: Tensor, stored: torch.dtype) -> Tensor:
     if producer.rows is not None:
         inside = torch.zeros_like(s, dtype=torch.bool)
         inside[slice(*producer.rows)] = True
         s = s.masked_fill(~inside, 1.0)
-    smoothing.rows[producer.weight] = s
     if producer.bias is not None:
         bias = block.get_parameter(producer.bias)
         with torch.no_grad():

@@ -5,12 +5,14 @@ from .header import TensorInfo
 from .output import clear, require_empty, require_space, write_atomically
 from .reader import Checkpoint
 from .skeleton import load_config, skeleton
+from .streamed import StreamedModel
 from .writer import ShardWriter
 
 __all__ = [
     "Checkpoint",
     "NameMap",
     "ShardWriter",
+    "StreamedModel",
     "TensorInfo",
     "clear",
     "load_config",

@@ -6,7 +6,8 @@ with one thing changed and reads off who feeds whom. `proof` decides which of th
 
 from .find import Fold, InputGroup, Producer, Reader, find_groups
 from .observe import Product, Trace, Weight, observe, watching
-from .proof import prove, proved
+from .proof import examine, prove, proved
+from .sketch import sketch
 
 __all__ = [
     "Fold",
@@ -16,9 +17,11 @@ __all__ = [
     "Reader",
     "Trace",
     "Weight",
+    "examine",
     "find_groups",
     "observe",
     "prove",
     "proved",
+    "sketch",
     "watching",
 ]

@@ -16,11 +16,33 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import Call
-from .find import Fold, output_factor, scaled
+from .find import Finder, Fold, output_factor, scaled
 from .observe import Trace, Weight, observe
 
 TOLERANCE = 1e-5
 _MAGNITUDES = (1.0, 16.0, 256.0)
+
+
+def examine(
+    block: nn.Module, probe: Call, proof: Call, likely: Sequence[Fold] = ()
+) -> tuple[Trace, list[Fold]]:
+    """A run of the block on real sequences, and the folds that are proved on them.
+
+    probe: a call with one-token sequences, to experiment on. proof: one with real sequences. likely: the folds of
+    the block before, which are only proved, not looked for: in most models all blocks are built alike.
+    """
+    trace = observe(block, proof.forward, proof.args, proof.kwargs)
+    if likely and _stands_in(likely, trace) and prove(block, proof, likely):
+        return trace, list(likely)
+    return trace, proved(block, proof, Finder(block, probe).folds())
+
+
+def _stands_in(folds: Sequence[Fold], trace: Trace) -> bool:
+    """Whether the weights of the folds are all there, and nothing that multiplies is new."""
+    read = {reader.weight for fold in folds for reader in fold.readers}
+    shapes = {product.weight: product.x.shape[-1] for product in trace.products}
+    fits = all(len(r.channels) == shapes.get(r.weight) for fold in folds for r in fold.readers)
+    return fits and read <= set(shapes)
 
 
 def proved(block: nn.Module, call: Call, folds: Iterable[Fold]) -> list[Fold]:

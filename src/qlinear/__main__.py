@@ -1,0 +1,5 @@
+"""`python -m qlinear`, which torchrun starts."""
+
+from .cli import main
+
+main()

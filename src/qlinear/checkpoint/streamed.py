@@ -1,0 +1,189 @@
+"""A checkpoint, quantized or not, as a model whose blocks are in memory only while they are used."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks import Lanes, find_blocks
+from ..errors import CheckpointError
+from ..nn import QLinear
+from ..scheme import Scheme
+from .conversion import NameMap
+from .layout import Layout
+from .layouts import layout_of
+from .reader import Checkpoint
+from .skeleton import skeleton
+
+# The tensor that holds a linear's codes, in one layout or another.
+_CODES = ("weight_packed", "qweight")
+
+
+class StreamedModel:
+    """The causal language model of a checkpoint, with all parameters on meta until asked for.
+
+    checkpoint: where they come from. dtype: what it computes in; None leaves the file's own dtype, except on
+    processors that only emulate it, where float32 is several times faster. blocks: its decoder blocks by name.
+    head: the output head, and head_name. schemes: of the linears that the checkpoint holds quantized.
+    Raises CheckpointError if the model cannot be built or lacks tensors.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+    ) -> None:
+        self.checkpoint, self.trust_remote_code = checkpoint, trust_remote_code
+        self.name = checkpoint.path.name
+        self.model = skeleton(checkpoint.path, dtype, trust_remote_code=trust_remote_code)
+        self.dtype = dtype or compute_dtype(self.model.dtype)
+        if self.dtype != self.model.dtype:
+            self.model = skeleton(checkpoint.path, self.dtype, trust_remote_code=trust_remote_code)
+        self.names = NameMap(self.model, as_dense(checkpoint))
+        self.blocks = find_blocks(self.model)
+        self.head: nn.Module = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        self.head_name: str = next(name for name, m in self.model.named_modules() if m is self.head)
+        self._layout: Layout | None = None
+        self.schemes = self._find_schemes()
+        self._name_of: dict[int, str] = {id(block): name for name, block in self.blocks.items()} | {
+            id(self.head): self.head_name
+        }
+
+    def name_of(self, block: nn.Module) -> str:
+        """A block's, or the head's, name in the model."""
+        return self._name_of[id(block)]
+
+    def position(self, block: nn.Module) -> int:
+        """How many blocks stand before this one in the module tree."""
+        return list(self.blocks).index(self.name_of(block))
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The dtype in which the file holds a parameter of the model."""
+        return self.checkpoint.info(self.names.sources(name)[0]).dtype
+
+    @contextmanager
+    def lanes(self, batches: Sequence[Mapping[str, Any]]) -> Iterator[Lanes]:
+        """The batches as lanes through the model, embeddings loaded, standing before the first block."""
+        outside = self._outside()
+        for part in outside:
+            self.names.materialize(part)
+        try:
+            with Lanes(self.model, [*self.blocks.values(), self.head], batches) as lanes:
+                yield lanes
+        finally:
+            for part in outside:
+                self.names.release(part)
+
+    @contextmanager
+    def loaded(self, block: nn.Module) -> Iterator[nn.Module]:
+        """While open, the weights of a block (or the head) are in memory."""
+        name = self.name_of(block)
+        self._materialize(name)
+        try:
+            yield block
+        finally:
+            self.names.release(name)
+            for linear in self._quantized_in(name):
+                self.model.set_submodule(linear, _placeholder(self.model.get_submodule(linear)))
+
+    def load(self) -> nn.Module:
+        """The whole model in memory, for good."""
+        self._materialize("")
+        return self.model
+
+    def _materialize(self, part: str) -> None:
+        quantized = self._quantized_in(part)
+        if not quantized:
+            self.names.materialize(part)
+            return
+        covered = tuple(f"{name}." for name in quantized)
+        for name in self.names.names_in(part):
+            if not name.startswith(covered):
+                self.names.materialize(name)
+        for name in quantized:
+            self.model.set_submodule(name, self._quantized_linear(name))
+
+    def _quantized_in(self, part: str) -> list[str]:
+        return [name for name in self.schemes if not part or f"{name}.".startswith(f"{part}.")]
+
+    def _quantized_linear(self, name: str) -> QLinear:
+        assert self._layout is not None
+        module = self.names.source_module(name)
+        tensors = {
+            key: self.checkpoint.read(key) for key in self.checkpoint.tensors if key.startswith(f"{module}.")
+        }
+        held = self._layout.unpack(module, tensors, self.schemes[name])
+        bias = tensors.get(f"{module}.bias")
+        bias = None if bias is None else bias.to(self.dtype)
+        layer = QLinear.from_quantized(
+            held.weight, bias, held.scheme, migration_scale=held.migration_scale, dtype=self.dtype
+        )
+        if held.input_scale is not None:
+            layer.input_scale = held.input_scale
+        if held.input_zero_point is not None and held.scheme.activation is not None:
+            layer.input_zero_point = held.input_zero_point.to(held.scheme.activation.storage)
+        return layer
+
+    def _find_schemes(self) -> dict[str, Scheme]:
+        """The scheme of each linear that the checkpoint holds quantized, by the model's names."""
+        config = quantization_config(self.checkpoint)
+        if config is None:
+            return {}
+        _, self._layout = layout_of(config)
+        linears = {name: m for name, m in self.model.named_modules() if isinstance(m, nn.Linear)}
+        module_of = {self.names.source_module(name): name for name in linears}
+        found = self._layout.schemes_from_config(
+            config, {src: linears[name] for src, name in module_of.items()}
+        )
+        return {module_of[source]: scheme for source, scheme in found.items()}
+
+    def _outside(self) -> list[str]:
+        """Parameters and buffers that lie in no block and not in the output head."""
+        inside = (*(f"{name}." for name in self.blocks), f"{self.head_name}.")
+        return [name for name in self.names.names_in("") if not name.startswith(inside)]
+
+
+def quantization_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """What config.json says of quantization, the text model's of a multimodal config included."""
+    text: dict[str, Any] = checkpoint.config.get("text_config") or {}
+    return checkpoint.config.get("quantization_config") or text.get("quantization_config")
+
+
+def as_dense(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint as if each packed weight were stored as a matrix: what a float model's names are matched with."""
+    tensors = dict(checkpoint.tensors)
+    for key in checkpoint.tensors:
+        module, _, leaf = key.rpartition(".")
+        if leaf in _CODES:
+            shape = _dense_shape(checkpoint, module, leaf)
+            tensors[f"{module}.weight"] = dataclasses.replace(checkpoint.tensors[key], shape=shape)
+    return dataclasses.replace(checkpoint, tensors=tensors)
+
+
+def _dense_shape(checkpoint: Checkpoint, module: str, leaf: str) -> tuple[int, ...]:
+    if leaf == "qweight":  # AWQ: (in, out / 8)
+        rows, words = checkpoint.info(f"{module}.qweight").shape
+        return words * 8, rows
+    if f"{module}.weight_shape" not in checkpoint.tensors:
+        raise CheckpointError(
+            f"{module}.weight_shape is missing, without which {module}.{leaf} cannot be read"
+        )
+    shape: Tensor = checkpoint.read(f"{module}.weight_shape")
+    return tuple(shape.tolist())
+
+
+def compute_dtype(stored: torch.dtype) -> torch.dtype:
+    """The stored dtype where the processor multiplies in it, else float32."""
+    has = torch.cpu.get_capabilities()
+    native = {
+        torch.bfloat16: has.get("amx_bf16") or has.get("avx512_bf16") or has.get("bf16"),
+        torch.float16: has.get("amx_fp16") or has.get("fp16"),
+    }
+    return stored if torch.cuda.is_available() or native.get(stored) else torch.float32
+
+
+def _placeholder(layer: nn.Module) -> nn.Linear:
+    """A linear without weights in the place of one that has left memory."""
+    assert isinstance(layer, QLinear)
+    return nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")

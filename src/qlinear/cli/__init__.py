@@ -1,0 +1,208 @@
+"""The command line: each command is a typed function that calls one public function and shows what it gave."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from ..errors import QLinearError
+from .display import Bars, show_evaluation, show_inspection, show_result
+
+app = typer.Typer(
+    name="qlinear",
+    help="Quantizes the linear layers of transformer checkpoints, and says what it cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+Model = Annotated[str, typer.Argument(help="A checkpoint folder, a Hub id, or `demo` (the embedded model).")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
+Trust = Annotated[bool, typer.Option(help="Run the Python code that a checkpoint brings along.")]
+Revision = Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a Hub id.")]  # noqa: UP045
+Dtype = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        help="What to compute in: float32, bfloat16 or float16. Default: the fastest that is as exact."
+    ),
+]
+
+
+@app.command(
+    epilog="""
+Examples:
+
+    qlinear quantize demo build/demo-w8a8
+
+    qlinear quantize ./Llama-3.2-1B out --calibration mine.jsonl --samples 256
+
+    qlinear quantize ./model out --smooth off --ignore 're:.*down_proj' --ignore lm_head
+"""
+)
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="The folder to make.")],
+    scheme: Annotated[str, typer.Option(help="What weights and activations become.")] = "w8a8",
+    smooth: Annotated[str, typer.Option(help="SmoothQuant's alpha in [0, 1], or `off`.")] = "0.5",
+    calibration: Annotated[
+        str,
+        typer.Option(help="Text: a .txt, .jsonl or .parquet file, a folder, a Hub id, `demo`, or `random`."),
+    ] = "demo",
+    samples: Annotated[int, typer.Option(min=1, help="Sequences of calibration text.")] = 128,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 512,
+    ignore: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="Linears to leave in float: a name, a glob or `re:…`. Repeatable. Default: the output head."
+        ),
+    ] = None,
+    dtype: Dtype = None,
+    seed: Annotated[int, typer.Option(help="Chooses the calibration sequences.")] = 0,
+    max_shard_size: Annotated[str, typer.Option(help="Bytes of one shard: 5GB, 500MB.")] = "5GB",
+    overwrite: Annotated[bool, typer.Option(help="Replace the checkpoint that is in OUT.")] = False,
+    trust_remote_code: Trust = False,
+    revision: Revision = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a smaller, faster checkpoint that vLLM, SGLang and transformers load."""
+    from .. import quantize as run
+
+    with Bars(quiet) as bars:
+        result = run(
+            model, out, scheme, smooth=_alpha(smooth), calibration=calibration, samples=samples, seq_len=seq_len,
+            ignore=ignore, dtype=dtype, seed=seed, max_shard_size=_bytes(max_shard_size), overwrite=overwrite,
+            trust_remote_code=trust_remote_code, revision=revision, progress=bars.update,
+        )  # fmt: skip
+    _show(result, as_json, show_result)
+
+
+@app.command(
+    epilog="""
+Examples:
+
+    qlinear evaluate build/demo-w8a8 --reference demo
+
+    qlinear evaluate out --reference ./model --data held-out.txt --tokens 20000
+"""
+)
+def evaluate(
+    model: Model,
+    reference: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The original: adds KL divergence and top-1 agreement."),
+    ] = None,
+    data: Annotated[str, typer.Option(help="Text, as `quantize --calibration` takes it.")] = "demo",
+    tokens: Annotated[int, typer.Option(min=2, help="How many tokens of it.")] = 16384,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")] = 512,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+    revision: Revision = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure perplexity, and how far a model's predictions are from a reference's."""
+    from .. import evaluate as run
+
+    with Bars(quiet) as bars:
+        evaluation = run(
+            model, reference, data=data, tokens=tokens, seq_len=seq_len, dtype=dtype,
+            trust_remote_code=trust_remote_code, revision=revision, progress=bars.update,
+        )  # fmt: skip
+    _show(evaluation, as_json, show_evaluation)
+
+
+@app.command(
+    epilog="""
+Examples:
+
+    qlinear inspect build/demo-w8a8
+
+    qlinear inspect ./config.json --scheme w8a8 --json
+"""
+)
+def inspect(
+    model: Annotated[
+        str, typer.Argument(help="A checkpoint folder, a Hub id, `demo`, or a config.json alone.")
+    ],
+    scheme: Annotated[str, typer.Option(help="What to plan for, where nothing is quantized yet.")] = "w8a8",
+    ignore: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="Linears to leave in float. Default: the output head."),
+    ] = None,
+    trust_remote_code: Trust = False,
+    revision: Revision = None,
+    as_json: AsJson = False,
+) -> None:
+    """List each linear: its shape, scheme, scales, bytes before and after, and where its smoothing lives."""
+    from .. import inspect as run
+
+    found = run(model, scheme, ignore=ignore, trust_remote_code=trust_remote_code, revision=revision)
+    _show(found, as_json, show_inspection)
+
+
+@app.command(epilog="Example:\n\n    qlinear generate build/demo-w8a8 'The function returns'")
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="What to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="How far.")] = 64,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+    revision: Revision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let a model, quantized or not, continue a text: a quick look at what it says."""
+    from ..generation import generate as run
+
+    text = run(
+        model, prompt, max_new_tokens, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision
+    )
+    typer.echo(json.dumps({"prompt": prompt, "text": text}) if as_json else prompt + text)
+
+
+def _show(value: Any, as_json: bool, show: Callable[[Any], None]) -> None:
+    if as_json:
+        typer.echo(json.dumps(asdict(value)))
+    else:
+        show(value)
+
+
+def _alpha(text: str) -> Any:
+    """`off`, or the number that the text is; what is neither is refused by the function that gets it."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _bytes(text: str) -> int:
+    """A size such as 5GB, 500MB or 1024 in bytes."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number = text.upper().rstrip("KMGB")
+    unit = text.upper()[len(number) :]
+    if unit not in units or not number.strip().replace(".", "", 1).isdigit():
+        raise QLinearError(f"--max-shard-size must be a size such as 5GB or 500MB; got {text!r}")
+    return int(float(number) * units[unit])
+
+
+def main() -> None:
+    """Run the command line: 0 on success, 2 with one line for a mistake in what was given, 1 for a failure of ours."""
+    try:
+        app()
+    except QLinearError as error:
+        sys.exit(_say(str(error), 2))
+    except KeyboardInterrupt:
+        sys.exit(_say("stopped; what is finished stays as it is", 130))
+    except OSError as error:
+        sys.exit(_say(f"{error.strerror or error}: {error.filename or 'reading or writing failed'}", 1))
+
+
+def _say(message: str, code: int) -> int:
+    print(f"qlinear: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,31 @@
+"""A quick look at what a model says."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .data import load_tokenizer
+from .inputs import load, open_checkpoint
+
+
+def generate(
+    model: str | Path,
+    prompt: str,
+    max_new_tokens: int = 64,
+    *,
+    dtype: str | torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> str:
+    """The text with which a checkpoint, quantized or not, most likely continues a prompt (greedy).
+
+    Raises QLinearError if the model cannot be loaded or has no tokenizer.
+    """
+    tokenizer = load_tokenizer(open_checkpoint(model, revision).path, trust_remote_code=trust_remote_code)
+    loaded: Any = load(model, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    length = inputs["input_ids"].shape[1]
+    with torch.no_grad():
+        ids = loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True)
+    return str(tokenizer.decode(ids[0, length:], skip_special_tokens=True))

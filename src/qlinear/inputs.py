@@ -1,0 +1,78 @@
+"""What a user names, opened: a model (a folder, a Hub id, `demo`), and text for it (a file, a Hub id, `demo`, ids)."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from . import demo
+from .checkpoint import Checkpoint, StreamedModel, skeleton
+from .data import Source, load_tokenizer, token_ids
+from .errors import SchemeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoint:
+    """The checkpoint in a folder, of a Hub id, or the embedded one. Raises CheckpointError if it is none."""
+    return Checkpoint.open(demo.checkpoint_path() if str(model) == "demo" else model, revision)
+
+
+def open_model(
+    model: str | Path,
+    dtype: str | torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> StreamedModel:
+    """A checkpoint as a model that is ready to be streamed; nothing but headers has been read."""
+    return StreamedModel(open_checkpoint(model, revision), parse_dtype(dtype), trust_remote_code)
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A dtype by its name in torch. Raises SchemeError for one that nothing can be computed in."""
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in known:
+        raise SchemeError(f"dtype must be one of {', '.join(known)}; got {dtype!r}")
+    return known[dtype]
+
+
+def load(
+    model: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> nn.Module:
+    """A checkpoint as a transformers model in memory; the linears of a quantized one are `QLinear`s.
+
+    dtype: of what is not quantized; the file's own if None. Raises CheckpointError if it is none or is damaged.
+    """
+    checkpoint = open_checkpoint(model, revision)
+    # The file's own dtype unless asked: what is loaded is for use, where the caller's processor decides.
+    wanted = parse_dtype(dtype) or skeleton(checkpoint.path, trust_remote_code=trust_remote_code).dtype
+    return StreamedModel(checkpoint, wanted, trust_remote_code).load().to(device)
+
+
+def calibration_ids(text: Source, model: StreamedModel, samples: int, seq_len: int, seed: int) -> Tensor:
+    """Token ids (n, seq_len) to calibrate a model with, chosen by `seed`. Raises DataError."""
+    source = demo.calibration_text() if isinstance(text, str) and text == "demo" else text
+    return _ids(source, model, samples, seq_len, seed)
+
+
+def evaluation_ids(text: Source, model: StreamedModel, tokens: int, seq_len: int) -> Tensor:
+    """The first `tokens` token ids of a text, as (n, seq_len), to evaluate a model on. Raises DataError."""
+    source = demo.evaluation_text() if isinstance(text, str) and text == "demo" else text
+    seq_len = min(seq_len, tokens)
+    return _ids(source, model, tokens // seq_len, seq_len, None)
+
+
+def _ids(source: Source, model: StreamedModel, samples: int, seq_len: int, seed: int | None) -> Tensor:
+    def tokenizer() -> "PreTrainedTokenizerBase":
+        return load_tokenizer(model.checkpoint.path, trust_remote_code=model.trust_remote_code)
+
+    return token_ids(source, samples, seq_len, config=model.model.config, tokenizer=tokenizer, seed=seed)

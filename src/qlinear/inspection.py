@@ -1,0 +1,172 @@
+"""What `inspect` prints: every linear, what it takes before and after, and where its smoothing lives.
+
+Of a finished checkpoint this is read off its tensors and its `qlinear.json`. Of one that is yet to be quantized,
+or a config alone, it is a plan: which linears share a vector and what could take it is found by running one block
+of each kind, with random weights, since it does not depend on what they are.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from .checkpoint import Checkpoint, StreamedModel, TensorInfo, skeleton
+from .checkpoint.header import DTYPE_NAMES
+from .checkpoint.streamed import quantization_config
+from .inputs import open_checkpoint
+from .plan import make_plan, quantizable
+from .scheme import Scheme, get_scheme
+from .structure import sketch
+
+Migration = Literal["folded", "kept", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class LinearInfo:
+    """One linear of a model's blocks.
+
+    shape: (out, in). scheme: None if it stays in float. scale_shape: of its weight's scales. bytes_before and
+    bytes_after: of all its tensors. group: the first of the linears that share its input. migration: where its
+    smoothing vector lives; folded_into: the module that took it.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    scheme: str | None
+    scale_shape: tuple[int, ...]
+    bytes_before: int
+    bytes_after: int
+    group: str | None
+    migration: Migration
+    folded_into: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """All linears of a model's blocks, and the bytes of all its tensors before and after quantization."""
+
+    linears: tuple[LinearInfo, ...]
+    total_size_before: int
+    total_size: int
+
+
+def inspect(
+    model: str | Path,
+    scheme: str | Scheme = "w8a8",
+    *,
+    ignore: Sequence[str] | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> Inspection:
+    """Every linear of a checkpoint, or of the model that a config.json alone describes.
+
+    model: a checkpoint folder, a Hub id, "demo", a config.json, or a folder with nothing else. scheme, ignore: what to
+    plan for, where nothing is quantized yet. Raises QLinearError.
+    """
+    source = StreamedModel(_with_or_without_weights(model, revision), torch.float32, trust_remote_code)
+    if quantization_config(source.checkpoint) is not None:
+        return _finished(source)
+    return _planned(source, get_scheme(scheme), ignore)
+
+
+def _with_or_without_weights(model: str | Path, revision: str | None) -> Checkpoint:
+    path = Path(model)
+    config = path if path.is_file() else path / "config.json"
+    bare = (
+        config.is_file()
+        and not any(config.parent.glob("*.safetensors*"))
+        and not any(config.parent.glob("*.bin*"))
+    )
+    return imagined_checkpoint(config) if path.is_file() or bare else open_checkpoint(model, revision)
+
+
+def imagined_checkpoint(config: Path) -> Checkpoint:
+    """The checkpoint that a config describes, with every tensor in its place but nothing in the file."""
+    model = skeleton(config)
+    tensors, seen = {}, set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            shape = tuple(tensor.shape)
+            tensors[name] = TensorInfo(config, DTYPE_NAMES[tensor.dtype], shape, 0, tensor.nbytes)
+    return Checkpoint(config, json.loads(config.read_text()), tensors)
+
+
+def _planned(source: StreamedModel, scheme: Scheme, ignore: Sequence[str] | None) -> Inspection:
+    plan = make_plan(source, scheme, ignore)
+    homes = _homes(source)
+    linears = tuple(
+        _planned_linear(source, scheme if name in plan.chosen else None, name, *homes.get(name, (None, None)))
+        for name, _ in quantizable(source)
+    )
+    return Inspection(linears, source.checkpoint.nbytes, plan.nbytes)
+
+
+def _homes(source: StreamedModel) -> dict[str, tuple[str | None, str | None]]:
+    """For each linear of the blocks: the first that shares its input, and the module that can take its smoothing."""
+    homes: dict[str, tuple[str | None, str | None]] = {}
+    for block, groups in sketch(source.model, source.blocks, source.head).items():
+        for group in groups:
+            leader = f"{block}.{group.weights[0].module}"
+            folded_into = f"{block}.{group.fold.producer.name}" if group.fold else None
+            homes |= {f"{block}.{weight.module}": (leader, folded_into) for weight in group.weights}
+    return homes
+
+
+def _planned_linear(
+    source: StreamedModel, scheme: Scheme | None, name: str, group: str | None, folded_into: str | None
+) -> LinearInfo:
+    weight = f"{name}.weight"
+    out_features, in_features = source.model.get_parameter(weight).shape
+    before = _bytes_of(source, name)
+    scales: tuple[int, ...] = ()
+    after = before
+    if scheme is not None:
+        scales = scheme.weight.scale_shape((out_features, in_features))
+        codes = out_features * in_features * scheme.weight.bits // 8
+        after += (
+            codes
+            + 4 * prod(scales)
+            - sum(source.checkpoint.info(s).nbytes for s in source.names.sources(weight))
+        )
+    migration: Migration = "folded" if folded_into and scheme else "none"
+    return LinearInfo(
+        name, (out_features, in_features), scheme.name if scheme else None, scales, before, after, group, migration,
+        folded_into if scheme else None,
+    )  # fmt: skip
+
+
+def _bytes_of(source: StreamedModel, name: str) -> int:
+    """Of all tensors that the file holds of a linear."""
+    prefix = f"{source.names.source_module(name)}."
+    return sum(info.nbytes for key, info in source.checkpoint.tensors.items() if key.startswith(prefix))
+
+
+def _finished(source: StreamedModel) -> Inspection:
+    """What a quantized checkpoint says of itself."""
+    note = source.checkpoint.path / "qlinear.json"
+    layers = json.loads(note.read_text())["layers"] if note.is_file() else []
+    told = {layer["name"]: layer for layer in layers}
+    linears = tuple(_finished_linear(source, name, told.get(name, {})) for name, _ in quantizable(source))
+    before = source.checkpoint.nbytes + sum(info.bytes_before - info.bytes_after for info in linears)
+    return Inspection(linears, before, source.checkpoint.nbytes)
+
+
+def _finished_linear(source: StreamedModel, name: str, told: Mapping[str, Any]) -> LinearInfo:
+    out_features, in_features = source.model.get_parameter(f"{name}.weight").shape
+    scheme = source.schemes.get(name)
+    after = before = _bytes_of(source, name)
+    scales: tuple[int, ...] = ()
+    if scheme is not None:
+        scales = scheme.weight.scale_shape((out_features, in_features))
+        bias = source.checkpoint.tensors.get(f"{source.names.source_module(name)}.bias")
+        width = torch.finfo(skeleton(source.checkpoint.path).dtype).bits // 8
+        before = out_features * in_features * width + (bias.nbytes if bias else 0)
+    return LinearInfo(
+        name, (out_features, in_features), scheme.name if scheme else None, scales, before, after,
+        told.get("group"), told.get("migration", "none"), told.get("folded_into"),
+    )  # fmt: skip

@@ -1,0 +1,238 @@
+"""The main job: a checkpoint in, a quantized checkpoint out, one decoder block in memory at a time.
+
+    for each block, as the calibration set stands before it:
+        load it  ·  find and prove its folds  ·  pass the set through it, gathering statistics
+        smooth   ·  round                     ·  write what came out, and forget it
+
+Everything that can be refused is refused before the first weight is read.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..algorithms import round_to_nearest
+from ..blocks import Lane, batches_of
+from ..calibrate import InputStats, absmax_of, calibrate
+from ..checkpoint import Checkpoint, ShardWriter, StreamedModel, compressed_tensors
+from ..checkpoint.layout import QuantizedLinear
+from ..errors import StructureError
+from ..nn import QLinear
+from ..numerics import QuantizedTensor
+from ..scheme import Scheme
+from ..smooth import Smoothing, group_scale
+from ..structure import Fold, InputGroup, Producer, Weight, examine, find_groups
+
+Progress = Callable[[str, int, int], None]
+Migration = Literal["folded", "kept", "none"]
+
+# Tokens for experiments: many sequences of one token to find folds, a few real ones to prove them.
+_PROBE, _PROOF = 32, (2, 16)
+# Tokens that pass through a block at once: enough to fill a matrix product, few enough to stay small.
+_BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What became of one linear.
+
+    error: relative, of its output on calibration tokens (of its weight where there were none). migration: where its
+    smoothing lives; folded_into: the module that took it. group: the first of the linears that read what it reads.
+    """
+
+    name: str
+    error: float
+    migration: Migration
+    folded_into: str | None = None
+    group: str | None = None
+
+
+@dataclass(slots=True)
+class Findings:
+    """What calibration found of a block: statistics of its inputs, their groups, and the smoothing that follows."""
+
+    stats: Mapping[Weight, InputStats] = field(default_factory=dict)
+    groups: Sequence[InputGroup] = ()
+    smoothing: Smoothing = field(default_factory=Smoothing)
+
+    def leader(self, weight: Weight) -> Weight | None:
+        """The first of the weights that share this one's input."""
+        return next((group.weights[0] for group in self.groups if weight in group.weights), None)
+
+
+class Job:
+    """Quantizes the linears of a model's blocks; `run` is the loop.
+
+    chosen: names of the linears to quantize. alpha: of smoothing, None for none. tokens: the calibration set
+    (n, seq_len), None where nothing needs it.
+    """
+
+    def __init__(
+        self,
+        source: StreamedModel,
+        writer: ShardWriter,
+        scheme: Scheme,
+        chosen: frozenset[str],
+        alpha: float | None,
+        tokens: Tensor | None,
+        progress: Progress,
+    ) -> None:
+        self.source, self.writer, self.scheme, self.chosen = source, writer, scheme, chosen
+        self.alpha, self.tokens, self.progress = alpha, tokens, progress
+        self.layers: list[Layer] = []
+        self.warnings: list[str] = []
+        self._likely: Sequence[Fold] = ()
+        self._written: set[str] = set()
+
+    def run(self) -> None:
+        """Every block, then what belongs to none."""
+        if self.tokens is None:
+            for block in self.source.blocks.values():
+                with self._loaded(block):
+                    self._write(block, Findings())
+        else:
+            self._run_calibrated(self.tokens)
+        if self.source.head_name in self.chosen:
+            with self._loaded(self.source.head):
+                self._write(self.source.head, Findings())
+        for name in self.source.checkpoint.tensors:
+            if name not in self._written:
+                self.writer.copy(name, self.source.checkpoint)
+        self.progress("quantizing", len(self.source.blocks), len(self.source.blocks))
+        self.writer.finish()
+
+    def _run_calibrated(self, tokens: Tensor) -> None:
+        with torch.no_grad(), self.source.lanes(micro_batches(tokens)) as lanes:
+            while (block := lanes.at) is not None and block is not self.source.head:
+                with self._loaded(block):
+                    self._calibrated(block, *lanes)
+            require_agreement(lanes[1], lanes[2], self.source.checkpoint)
+
+    @contextmanager
+    def _loaded(self, block: nn.Module) -> Iterator[None]:
+        if block is not self.source.head:
+            self.progress("quantizing", self.source.position(block), len(self.source.blocks))
+        with self.source.loaded(block):
+            yield
+
+    def _calibrated(
+        self, block: nn.Module, probe: Lane, proof: Lane, smoothed: Lane, *calibration: Lane
+    ) -> None:
+        trace, self._likely = examine(block, probe.waiting, proof.waiting, self._likely)
+        stats = calibrate(block, calibration, trace, self.source.name_of(block))
+        probe.step()
+        proof.step()
+        findings = Findings(stats, find_groups(trace, self._likely))
+        if self.alpha is not None:
+            self._smooth(block, findings, self.alpha)
+        self._write(block, findings)
+        smoothed.step()
+
+    def _smooth(self, block: nn.Module, findings: Findings, alpha: float) -> None:
+        # All vectors first, from the weights as they came: folding one changes what another would be computed from.
+        vectors = [
+            group_scale(
+                group,
+                {w: w.of(block) for w in group.weights},
+                absmax_of(findings.stats, group.weights),
+                alpha,
+            )
+            for group in findings.groups
+        ]
+        for group, s in zip(findings.groups, vectors, strict=True):
+            if group.fold is not None:
+                findings.smoothing.fold(block, group.fold, s, self._stored(block, group.fold.producer))
+            else:
+                names = ", ".join(
+                    _join(self.source.name_of(block), weight.module) for weight in group.weights
+                )
+                self.warnings.append(f"{names}: nothing can take the smoothing, left unsmoothed")
+
+    def _stored(self, block: nn.Module, producer: Producer) -> torch.dtype:
+        """The dtype in which the file holds what a fold changes."""
+        vector = producer.gain[0] if producer.weight is None else producer.weight.name
+        return self.source.stored_dtype(f"{self.source.name_of(block)}.{vector}")
+
+    def _write(self, block: nn.Module, findings: Findings) -> None:
+        """Round what was chosen, and write the block: codes, what smoothing changed, and the rest as it was."""
+        prefix, smoothing = self.source.name_of(block), findings.smoothing
+        changed: dict[str, Tensor] = {name: block.get_parameter(name) for name in smoothing.changed}
+        for name, linear in block.named_modules():
+            if not isinstance(linear, nn.Linear):
+                continue
+            weight = Weight(_join(name, "weight"))
+            matrix = smoothing.apply(weight, linear.weight.detach())
+            if _join(prefix, name) in self.chosen:
+                self._quantize(_join(prefix, name), weight, matrix, findings)
+            elif smoothing.touches(weight):
+                changed[weight.name] = matrix
+            if smoothing.touches(weight):
+                linear.weight.data.copy_(matrix)
+        self._write_float({_join(prefix, name): tensor for name, tensor in changed.items()})
+
+    def _quantize(self, name: str, weight: Weight, matrix: Tensor, findings: Findings) -> None:
+        quantized = round_to_nearest(matrix, self.scheme, name)
+        held = QuantizedLinear(self.scheme, quantized)
+        for key, tensor in compressed_tensors.pack(self.source.names.source_module(name), held).items():
+            self.writer.add(key, tensor)
+        self._written |= set(self.source.names.sources(f"{name}.weight"))
+        smoothing, x = findings.smoothing, None
+        if weight in findings.stats:
+            x = findings.stats[weight].sample.float() / smoothing.columns.get(weight, torch.ones(()))
+        block = name.removesuffix(weight.module)
+        home, leader = smoothing.folded_into.get(weight), findings.leader(weight)
+        layer = Layer(
+            name,
+            output_error(matrix, quantized, self.scheme, x),
+            "none" if home is None else "folded",
+            None if home is None else block + home,
+            None if leader is None else block + leader.module,
+        )
+        self.layers.append(layer)
+
+    def _write_float(self, changed: Mapping[str, Tensor]) -> None:
+        """Write parameters in the dtype that the source holds them in, under the source's names."""
+        stored = {name: tensor.to(self.source.stored_dtype(name)) for name, tensor in changed.items()}
+        for name, tensor in self.source.names.to_sources(stored).items():
+            self.writer.add(name, tensor)
+            self._written.add(name)
+
+
+def micro_batches(tokens: Tensor) -> list[dict[str, Any]]:
+    """The model calls of a job: one to experiment on, two alike to prove with, and the calibration set."""
+    probe, proof = tokens.flatten()[:_PROBE].unsqueeze(1), tokens[: _PROOF[0], : _PROOF[1]]
+    size = max(1, _BATCH_TOKENS // tokens.shape[1])
+    return [*batches_of(probe, _PROBE), *batches_of(proof, len(proof)) * 2, *batches_of(tokens, size)]
+
+
+def output_error(matrix: Tensor, quantized: QuantizedTensor, scheme: Scheme, x: Tensor | None) -> float:
+    """Relative error of a quantized linear's output on x (tokens, in); of its weight (out, in) if there is no x."""
+    if x is None:
+        exact, actual = matrix, quantized.dequantize()
+    else:
+        layer = QLinear.from_quantized(quantized, None, scheme)
+        exact, actual = x @ matrix.T, layer(x)
+    norm = float(exact.norm())
+    return float((actual - exact).norm()) / norm if norm else 0.0
+
+
+def require_agreement(original: Lane, smoothed: Lane, checkpoint: Checkpoint) -> None:
+    """Raise StructureError unless some tokens came through the original and the smoothed weights alike."""
+    a, b = (lane.waiting.args[0].float() for lane in (original, smoothed))
+    difference = float((a - b).norm() / a.norm())
+    stored = {info.dtype for info in checkpoint.tensors.values() if info.dtype.is_floating_point}
+    # Gains are compensated exactly; what is left is the rounding of biases in the dtype of the file.
+    limit = 4 * max(torch.finfo(dtype).eps for dtype in stored) + 1e-3
+    if not difference <= limit:
+        raise StructureError(
+            f"the smoothed model's output differs from the original's by {difference:.2g} (at most {limit:.2g} is "
+            "rounding): nothing was finished; quantize with --smooth off, and please report the architecture"
+        )
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix and name else prefix or name

@@ -1,0 +1,82 @@
+"""The structure of a model that has no weights in memory: one block of each kind is run with random ones.
+
+Who feeds whom does not depend on what the weights are. A matrix here is one random column, repeated without taking
+memory, so a block of any size can be sketched.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks import Lanes, batches_of
+from .find import InputGroup, find_groups
+from .proof import examine
+
+_TOKENS = 32
+
+
+def sketch(model: nn.Module, blocks: Mapping[str, nn.Module], head: nn.Module) -> dict[str, list[InputGroup]]:
+    """The input groups of every block that a text passes through, by the block's name.
+
+    model: with its parameters on meta, in float32. Blocks whose parameters have the same names and shapes are of one
+    kind, and what is found in the first of a kind holds for all.
+    """
+    name_of = {id(block): name for name, block in blocks.items()}
+    kinds: dict[Any, tuple[list[InputGroup], list[Any]]] = {}
+    found: dict[str, list[InputGroup]] = {}
+    stops = [*blocks.values(), head]
+    ids = torch.arange(_TOKENS)
+    batches = [*batches_of(ids.unsqueeze(1), _TOKENS), *batches_of(ids.view(2, -1), 2)]
+    with torch.no_grad(), random_weights(_outside(model, stops)), Lanes(model, stops, batches) as lanes:
+        while (block := lanes.at) is not None and block is not head:
+            kind = (type(block), tuple((name, p.shape) for name, p in block.named_parameters()))
+            if kind not in kinds:
+                kinds[kind] = _examined(block, lanes)
+            groups, outputs = kinds[kind]
+            found[name_of[id(block)]] = groups
+            for lane, output in zip(lanes, outputs, strict=True):
+                lane.advance(output)
+    return found
+
+
+def _examined(block: nn.Module, lanes: Lanes) -> tuple[list[InputGroup], list[Any]]:
+    """The groups of a block, and what it answers each lane."""
+    probe, proof = (lane.waiting for lane in lanes)
+    with random_weights(block.modules()):
+        trace, folds = examine(block, probe, proof)
+        return find_groups(trace, folds), [probe.run(), proof.run()]
+
+
+def _outside(model: nn.Module, stops: list[nn.Module]) -> list[nn.Module]:
+    """The modules that lie in none of `stops`."""
+    inside = {id(module) for stop in stops for module in stop.modules()}
+    return [module for module in model.modules() if id(module) not in inside]
+
+
+@contextmanager
+def random_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """While open, these modules' own parameters, where they are on meta, hold random numbers."""
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module._parameters.update, dict(module._parameters))
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.is_meta:
+                    module._parameters[name] = nn.Parameter(_random(module, parameter), requires_grad=False)
+        yield
+
+
+def _random(module: nn.Module, parameter: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(parameter.numel())
+    if isinstance(module, nn.Embedding):
+        # Only the first rows are ever looked up; the pages of the others are never touched.
+        table = torch.zeros(parameter.shape)
+        table[:_TOKENS] = torch.randn(table[:_TOKENS].shape, generator=generator)
+        return table
+    if parameter.dim() < 2:
+        return 1 + 0.1 * torch.randn(parameter.shape, generator=generator)
+    column = torch.randn((*parameter.shape[:-1], 1), generator=generator)
+    matrix: Tensor = (column / parameter.shape[-1] ** 0.5).expand(parameter.shape)
+    return matrix
