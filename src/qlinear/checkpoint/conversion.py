@@ -36,6 +36,9 @@ class NameMap:
         recipes, self.unused = find_recipes(model, checkpoint, self._state)
         self._recipes = {target: recipe for recipe in recipes for target in recipe.targets}
         self._key = self._find_ties()
+        self._places: dict[str, list[str]] = {}
+        for name, key in self._key.items():
+            self._places.setdefault(key, []).append(name)
         self._live: dict[str, Tensor] = {}
         self._pool = BufferPool()
         self._require_complete()
@@ -119,8 +122,7 @@ class NameMap:
         return [name for name in self._state if name == part or name.startswith(prefix)]
 
     def _is_in_use(self, key: str) -> bool:
-        places = [name for name, other in self._key.items() if other == key]
-        return any(_get(self.model, place) is self._live[key] for place in places)
+        return any(_get(self.model, place) is self._live[key] for place in self._places[key])
 
     def _read(self, recipe: Recipe) -> dict[str, Tensor]:
         """Read a recipe's sources, convert them, and return its targets on the device, in the model's dtype."""
