@@ -1,0 +1,66 @@
+"""The operators of the quantized linear layer: one schema each, a kernel per device, chosen by the dispatcher.
+
+Any device has the reference; CPUs have oneDNN. The schemas and fakes below are what torch.compile, torch.export
+and torch.jit.trace see, so a whole layer is one node in their graphs. `reference` says what the arguments are.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cpu, reference
+
+_LIBRARY = torch.library.Library("qlinear", "DEF")  # type: ignore[no-untyped-call]
+
+
+def _like_input(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _of_dtype(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return codes.new_empty(*codes.shape[:-1], weight.shape[0], dtype=dtype)
+
+
+def _register(schema: str, cpu_kernel: Callable[..., Any], any_kernel: Callable[..., Any], fake: Any) -> Any:
+    """Define an operator with its kernels and the shape of its result; returns what calls it."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(name, cpu_kernel, "CPU")  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(name, any_kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"qlinear::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.qlinear, name).default
+
+
+dynamic_linear: Callable[..., Tensor] = _register(
+    "dynamic_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? migration_scale, Tensor? bias, "
+    "bool symmetric) -> Tensor",
+    cpu.dynamic_linear,
+    reference.dynamic_linear,
+    _like_input,
+)
+static_linear: Callable[..., Tensor] = _register(
+    "static_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? migration_scale, Tensor? bias, "
+    "Tensor input_scale, Tensor? input_zero_point) -> Tensor",
+    cpu.static_linear,
+    reference.static_linear,
+    _like_input,
+)
+codes_linear: Callable[..., Tensor] = _register(
+    "codes_linear(Tensor codes, Tensor scale, Tensor? zero_point, Tensor weight, Tensor weight_scale, "
+    "Tensor? bias, ScalarType dtype) -> Tensor",
+    cpu.codes_linear,
+    reference.codes_linear,
+    _of_dtype,
+)
+
+__all__ = ["codes_linear", "dynamic_linear", "static_linear"]

@@ -1,0 +1,273 @@
+"""`QLinear` keeps the contract of `torch.nn.Linear` wherever a quantized layer can."""
+
+import copy
+import io
+import math
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from qlinear.errors import QLinearError, SchemeError
+from qlinear.nn import QLinear
+from qlinear.numerics import dequantize, quantize_tensor
+from qlinear.scheme import SCHEMES, Scheme, TensorFormat, get_scheme
+
+W4 = TensorFormat("int4", "group", group_size=8)
+INT8_TOKEN = TensorFormat("int8", "token", dynamic=True)
+GENERIC = (
+    Scheme("w4a16", W4),
+    Scheme("w4a16-asym", TensorFormat("int4", "group", group_size=8, symmetric=False)),
+    Scheme("w4a8", W4, INT8_TOKEN),
+    Scheme("fp8", TensorFormat("float8_e4m3fn"), TensorFormat("float8_e4m3fn", "token", dynamic=True)),
+    Scheme("block", TensorFormat("float8_e4m3fn", "block", block_size=(8, 8))),
+    Scheme("w8a8-uint8", TensorFormat(), TensorFormat("uint8", "tensor", symmetric=False)),
+)
+ALL_SCHEMES = [*SCHEMES.values(), *GENERIC]
+named = pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=lambda scheme: scheme.name)
+
+
+class Stats:
+    """What calibration would say of inputs between -3 and 3."""
+
+    min, max = torch.full((32,), -3.0), torch.full((32,), 3.0)
+
+
+def quantized(
+    scheme: str | Scheme = "w8a8", bias: bool = True, migration_scale: Tensor | None = None
+) -> tuple[nn.Linear, QLinear]:
+    torch.manual_seed(0)
+    linear = nn.Linear(32, 24, bias)
+    return linear, QLinear.from_float(linear, scheme, Stats, migration_scale)
+
+
+@named
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_its_output_is_the_float_layers_up_to_its_codes(scheme: Scheme, dtype: torch.dtype) -> None:
+    linear, layer = quantized(scheme)
+    x = torch.randn(5, 32).clamp(-3, 3).to(dtype)
+    error = (layer(x).float() - linear(x.float())).norm() / linear(x.float()).norm()
+    assert layer(x).dtype == dtype
+    assert error < {8: 0.04, 4: 0.15}[scheme.weight.bits]
+
+
+@named
+def test_it_multiplies_by_what_its_codes_stand_for(scheme: Scheme) -> None:
+    _, layer = quantized(scheme, migration_scale=torch.rand(32) + 0.5)
+    weight = dequantize(layer.weight, layer.weight_scale, layer.weight_zero_point, scheme.weight)
+    torch.testing.assert_close(layer.dequantize() * layer.migration_scale, weight)
+    x = torch.randn(64, 32).clamp(-3, 3)
+    plain = nn.functional.linear(x, layer.dequantize(), layer.bias)
+    error = (layer(x) - plain).norm() / plain.norm()
+    assert error < (0.03 if scheme.activation is not None else 1e-6)
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w8a8-asym", "w8a8-static"])
+def test_the_integer_kernel_and_the_plain_way_agree(name: str) -> None:
+    _, layer = quantized(name, migration_scale=torch.rand(32) + 0.5)
+    x = torch.randn(7, 32)
+    torch.testing.assert_close(layer(x), layer._forward_plain(x), rtol=1e-5, atol=1e-5)
+
+
+@given(
+    shape=st.lists(st.integers(0, 3), max_size=3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    scheme=st.sampled_from(ALL_SCHEMES),
+)
+def test_any_number_of_leading_dimensions(shape: list[int], dtype: torch.dtype, scheme: Scheme) -> None:
+    _, layer = quantized(scheme)
+    x = torch.randn(*shape, 32).to(dtype)
+    assert layer(x).shape == (*shape, 24)
+    if x.numel():
+        last = layer(x.reshape(-1, 32)[-1])
+        # Generic schemes multiply in float, where torch sums a row and a matrix in different orders.
+        exact = {"rtol": 0, "atol": 0} if layer._is_integer else {"rtol": 2e-2, "atol": 2e-2}
+        torch.testing.assert_close(layer(x).reshape(-1, 24)[-1], last, **exact)
+
+
+def test_strides_do_not_matter() -> None:
+    _, layer = quantized()
+    x = torch.randn(4, 32, 6)
+    assert torch.equal(layer(x.transpose(1, 2)), layer(x.transpose(1, 2).contiguous()))
+    assert torch.equal(layer(x[:, :, :1].expand(4, 32, 6).mT), layer(x[:, :, :1].mT).expand(4, 6, 24))
+
+
+def test_a_pair_of_codes_and_scale_skips_quantizing() -> None:
+    _, layer = quantized()
+    x = torch.randn(2, 5, 32)
+    tokens = quantize_tensor(x, INT8_TOKEN)
+    assert torch.equal(layer((tokens.codes, tokens.scale)), layer(x))
+
+
+def test_a_pair_is_refused_where_no_integer_kernel_takes_it() -> None:
+    _, layer = quantized("w8a16")
+    with pytest.raises(SchemeError, match="'w8a16' takes no codes as input"):
+        layer((torch.zeros(2, 32, dtype=torch.int8), torch.ones(2, 1)))
+
+
+@named
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_state_dict_round_trip_is_bit_exact(scheme: Scheme, bias: bool) -> None:
+    _, layer = quantized(scheme, bias, torch.rand(32) + 0.5)
+    other = QLinear(32, 24, bias, scheme=scheme)
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    assert not any(other.load_state_dict(torch.load(file, weights_only=True)))
+    x = torch.randn(3, 32)
+    assert torch.equal(other(x), layer(x))
+    assert {name: t.dtype for name, t in other.state_dict().items()} == {
+        name: t.dtype for name, t in layer.state_dict().items()
+    }
+
+
+@named
+@pytest.mark.parametrize("assign", [True, False])
+def test_it_is_made_on_meta_and_filled_afterwards(scheme: Scheme, assign: bool) -> None:
+    _, source = quantized(scheme, migration_scale=torch.rand(32) + 0.5)
+    layer = QLinear(32, 24, device="meta", scheme=scheme)
+    assert all(buffer.is_meta for buffer in layer.buffers())
+    if not assign:
+        layer.to_empty(device="cpu")
+    layer.load_state_dict(source.state_dict(), assign=assign)
+    x = torch.randn(3, 32)
+    assert torch.equal(layer(x), source(x))
+
+
+def test_loading_is_strict() -> None:
+    _, layer = quantized()
+    state = layer.state_dict()
+    del state["weight_scale"]
+    with pytest.raises(RuntimeError, match="weight_scale"):
+        layer.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="surprise"):
+        layer.load_state_dict({**layer.state_dict(), "surprise": torch.ones(1)})
+
+
+def test_a_float_weight_is_not_taken_for_codes() -> None:
+    linear, layer = quantized()
+    with pytest.raises(RuntimeError, match=r"weight must hold torch.int8 codes; got torch.float32"):
+        layer.load_state_dict({**layer.state_dict(), "weight": linear.weight.detach()})
+
+
+def pickled(module: QLinear) -> QLinear:
+    copied: QLinear = pickle.loads(pickle.dumps(module))
+    return copied
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, pickled])
+@named
+def test_a_copy_is_independent(copier: Callable[[QLinear], QLinear], scheme: Scheme) -> None:
+    if copier is pickled and scheme.weight.is_float:
+        pytest.skip("torch's tensors of float8 cannot be pickled outside torch.save")
+    _, layer = quantized(scheme)
+    x = torch.randn(3, 32)
+    before = layer(x)
+    other = copier(layer)
+    assert torch.equal(other(x), before)
+    other.weight.zero_()
+    assert torch.equal(layer(x), before)
+    assert not torch.equal(other(x), before)
+
+
+@named
+@pytest.mark.parametrize("move", ["half", "bfloat16", "double", "cpu"])
+def test_moving_touches_neither_codes_nor_scales(scheme: Scheme, move: str) -> None:
+    _, layer = quantized(scheme, migration_scale=torch.rand(32) + 0.5)
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers() if name != "bias"}
+    getattr(layer, move)()
+    for name, buffer in before.items():
+        assert torch.equal(getattr(layer, name), buffer)
+        assert getattr(layer, name).dtype == buffer.dtype
+    expected = {"half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64}
+    assert layer.dtype == layer.bias.dtype == expected.get(move, torch.float32)
+
+
+def test_it_knows_its_dtype_without_a_bias() -> None:
+    _, layer = quantized(bias=False)
+    assert layer.to(torch.bfloat16).dtype == torch.bfloat16
+    assert layer.to("meta").device.type == "meta"
+    assert layer.dtype == torch.bfloat16
+
+
+def test_changed_codes_are_used_at_once() -> None:
+    _, layer = quantized()
+    x = torch.randn(3, 32)
+    layer(x)
+    twice = QLinear.from_float(nn.Linear(32, 24), "w8a8")
+    layer.load_state_dict(twice.state_dict())
+    assert torch.equal(layer(x), twice(x))
+    layer.weight = twice.weight.neg()
+    assert not torch.equal(layer(x), twice(x))
+
+
+def test_nothing_packed_is_saved() -> None:
+    _, layer = quantized()
+    before = {name: buffer.shape for name, buffer in layer.named_buffers()}
+    layer(torch.randn(3, 32))
+    assert {name: buffer.shape for name, buffer in layer.named_buffers()} == before
+    assert set(layer.state_dict()) == {"weight", "weight_scale", "bias"}
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.randn(3, 31), r"in_features 32; got shape \(3, 31\)"),
+        (torch.tensor(1.0), r"in_features 32; got shape \(\)"),
+        (torch.ones(3, 32, dtype=torch.int8), "floating point tensor; got torch.int8"),
+        (torch.ones(3, 32, device="meta"), "the input is on meta, the layer on cpu"),
+    ],
+)
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
+def test_a_wrong_input_is_refused_with_both_sides(x: Tensor, message: str, scheme: str) -> None:
+    _, layer = quantized(scheme)
+    with pytest.raises(QLinearError, match=message):
+        layer(x)
+
+
+def test_static_activations_need_statistics() -> None:
+    with pytest.raises(SchemeError, match="stats of the layer's input are needed"):
+        QLinear.from_float(nn.Linear(32, 24), "w8a8-static")
+
+
+def test_codes_in_another_format_are_refused() -> None:
+    codes = quantize_tensor(torch.randn(24, 32), TensorFormat("int8", "tensor"))
+    with pytest.raises(SchemeError, match="scheme 'w8a8' takes weights as"):
+        QLinear.from_quantized(codes, None, "w8a8")
+
+
+@named
+def test_codes_are_taken_as_they_are(scheme: Scheme) -> None:
+    codes = quantize_tensor(torch.randn(24, 32), scheme.weight)
+    layer = QLinear.from_quantized(codes, torch.ones(24), scheme, dtype=torch.bfloat16)
+    assert layer.weight is codes.codes
+    assert torch.equal(layer.dequantize(), codes.dequantize())
+    assert layer.bias.dtype == layer.dtype == torch.bfloat16
+
+
+@named
+def test_fresh_parameters_are_distributed_as_linears_are(scheme: Scheme) -> None:
+    torch.manual_seed(0)
+    layer = QLinear(256, 512, scheme=scheme)
+    bound = 1 / math.sqrt(256)
+    for values in (layer.dequantize().flatten(), layer.bias):
+        assert values.abs().max() <= bound * 1.07
+        quantiles = torch.quantile(values[:100000].float(), torch.tensor([0.25, 0.5, 0.75]))
+        torch.testing.assert_close(quantiles, bound * torch.tensor([-0.5, 0, 0.5]), atol=bound / 7, rtol=0)
+
+
+def test_it_is_described_as_linear_is() -> None:
+    assert repr(QLinear(32, 24, False)) == "QLinear(in_features=32, out_features=24, bias=False, scheme=w8a8)"
+    assert QLinear.__constants__[:2] == ("in_features", "out_features")
+    assert get_scheme("w8a8") is QLinear(2, 3).scheme
+
+
+def test_it_has_no_parameters_and_stays_in_its_mode() -> None:
+    linear, layer = quantized()
+    assert not list(layer.parameters())
+    assert layer.training
+    assert not QLinear.from_float(linear.eval(), "w8a8").training
