@@ -4,7 +4,7 @@
 with one thing changed and reads off who feeds whom. `proof` decides which of that may be used.
 """
 
-from .find import Fold, InputGroup, Producer, Reader, find_groups
+from .folds import Fold, InputGroup, Producer, Reader, find_groups
 from .observe import Product, Trace, Weight, observe, watching
 from .proof import examine, prove, proved
 from .sketch import sketch

@@ -9,115 +9,35 @@ It runs on sequences of one token. There attention passes its value through unch
 so even in a fused projection the value's rows show. What is found is a guess; `proof` decides on real sequences.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ..blocks import Call
+from .folds import Fold, Producer, Reader
 from .observe import Product, Trace, Weight, observe
 
-_BASE = (
-    8  # the digits 0 ... 7 are the factors 2^-4 ... 2^-1 and 2^1 ... 2^4; 2^0 is what others' channels show
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Producer:
-    """What can take a smoothing vector: the gain of a norm, or the rows of a weight.
-
-    size: channels. gain: the vectors, gain first, biases after; empty if `weight` is set. offset: 1 where the norm
-    multiplies by (1 + gain). rows: the rows of `weight` that reach the readers (all if None); bias: its bias.
-    """
-
-    size: int
-    gain: tuple[str, ...] = ()
-    offset: float = 0.0
-    weight: Weight | None = None
-    bias: str | None = None
-    rows: tuple[int, int] | None = None
-
-    @property
-    def name(self) -> str:
-        """The module that produces, by its name in the block."""
-        return (self.gain[0] if self.weight is None else self.weight.name).rpartition(".")[0]
-
-
-@dataclass(frozen=True, slots=True)
-class Reader:
-    """A weight and where its input comes from: input channel j is producer channel `channels[j]`, -1 if unknown."""
-
-    weight: Weight
-    channels: Tensor
-
-    def spread(self, s: Tensor) -> Tensor:
-        """A vector over the producer's channels (size,) as one over this weight's input (in,); 1 where unknown."""
-        return torch.where(self.channels < 0, torch.ones_like(s[:1]), s[self.channels.clamp(min=0)])
-
-    def gather(self, per_input: Tensor, size: int) -> Tensor:
-        """A statistic per input channel (in,) as its maximum per producer channel (size,); 0 where unread."""
-        known = self.channels >= 0
-        gathered = per_input.new_zeros(size)
-        return gathered.scatter_reduce_(0, self.channels[known], per_input[known], "amax")
-
-
-@dataclass(frozen=True, slots=True)
-class Fold:
-    """A producer and all the weights that read it."""
-
-    producer: Producer
-    readers: tuple[Reader, ...]
-
-    @property
-    def reached(self) -> Tensor:
-        """Which producer channels (size,) may be scaled: those that are known to reach every reader."""
-        reached = torch.ones(self.producer.size, dtype=torch.bool, device=self.readers[0].channels.device)
-        for reader in self.readers:
-            seen = torch.zeros_like(reached)
-            seen[reader.channels[reader.channels >= 0]] = True
-            reached &= seen
-        return reached
-
-
-@dataclass(frozen=True, slots=True)
-class InputGroup:
-    """Weights that share one smoothing vector, and the fold that would take it (None: nothing can)."""
-
-    weights: tuple[Weight, ...]
-    fold: Fold | None = None
-
-
-def find_groups(trace: Trace, folds: Sequence[Fold]) -> list[InputGroup]:
-    """Each weight of a run in exactly one group: by the fold that it reads from, else by the tensor it reads."""
-    fold_of = {reader.weight: fold for fold in folds for reader in fold.readers}
-    members: dict[object, list[Weight]] = {}
-    fold_at: dict[object, Fold] = {}
-    placed: set[Weight] = set()
-    for product in trace.products:
-        fold = fold_of.get(product.weight)
-        key = product.source if fold is None else fold.producer
-        if fold is not None:
-            fold_at[key] = fold
-        if product.weight not in placed:
-            members.setdefault(key, []).append(product.weight)
-            placed.add(product.weight)
-    return [InputGroup(tuple(weights), fold_at.get(key)) for key, weights in members.items()]
+# The digits 0 ... 7 are the factors 2^-4 ... 2^-1 and 2^1 ... 2^4; 2^0 is what others' channels show.
+_BASE = 8
 
 
 def candidates(block: nn.Module, trace: Trace) -> Iterator[list[Producer]]:
     """The producers a block may have, each as the forms to try in turn: norms first, they reach the most."""
-    matrices = {product.weight: product for product in trace.products}
     biases = {product.bias for product in trace.products}
     for name, parameter in block.named_parameters():
         if parameter.dim() == 1 and name not in biases and not _is_bias_of_gain(block, name):
             gain = (name, *_companions(block, name, biases))
             yield [Producer(parameter.numel(), gain, offset) for offset in (0.0, 1.0)]
-    for weight, product in matrices.items():
+    widths = {product.x.shape[-1] for product in trace.products}
+    # The slices of a stack of experts are built alike, and tried all at once.
+    for weight, product in {replace(p.weight, index=None): p for p in trace.products}.items():
         size = product.y.shape[-1]
-        half = [(0, size // 2), (size // 2, size)] if size % 2 == 0 else []
-        yield [Producer(size, weight=weight, bias=product.bias, rows=rows) for rows in (None, *half)]
+        halves = [(0, size // 2, 1), (size // 2, size, 1), (0, size, 2), (1, size, 2)]
+        forms = [None, *(halves if size % 2 == 0 and size // 2 in widths else [])]
+        yield [Producer(size, weight=weight, bias=product.bias, rows=rows) for rows in forms]
 
 
 def _is_bias_of_gain(block: nn.Module, name: str) -> bool:
@@ -151,16 +71,14 @@ def scaled(block: nn.Module, producer: Producer, factor: Tensor) -> Iterator[Non
                 vector.copy_(before)
 
 
-def output_factor(producer: Producer, factor: Tensor) -> dict[Weight, Tensor]:
-    """`factor` as `observe`'s scale_output: on the producer's rows only, nothing for a norm."""
-    if producer.weight is None:
-        return {}
+def row_factor(producer: Producer, factor: Tensor) -> Tensor:
+    """`factor` (size,) on the rows that the producer means, 1 on the others."""
     if producer.rows is None:
-        return {producer.weight: factor}
+        return factor
     ones = torch.ones_like(factor)
     part = slice(*producer.rows)
     ones[part] = factor[part]
-    return {producer.weight: ones}
+    return ones
 
 
 class Finder:
@@ -179,7 +97,7 @@ class Finder:
             for producer in forms:
                 readers = self._readers(producer)
                 if readers:
-                    yield Fold(producer, readers)
+                    yield from _slice_by_slice(Fold(producer, readers))
                     break
 
     def _readers(self, producer: Producer) -> tuple[Reader, ...]:
@@ -191,9 +109,10 @@ class Finder:
         return tuple(Reader(w, c) for w, c in channels.items() if bool((c >= 0).any()))
 
     def _run(self, producer: Producer, factor: Tensor) -> Trace:
-        call, scale_output = self._call, output_factor(producer, factor)
+        call, rows = self._call, row_factor(producer, factor)
+        outputs = {p.weight: rows for p in self.trace.products if _is_own(producer, p.weight)}
         with scaled(self._block, producer, factor):
-            return observe(self._block, call.forward, call.args, call.kwargs, scale_output=scale_output)
+            return observe(self._block, call.forward, call.args, call.kwargs, scale_output=outputs)
 
     def _channels(self, producer: Producer, before: Trace, sign: float) -> dict[Weight, Tensor]:
         """For each weight that reads the producer: which of its channels each input channel carries."""
@@ -212,6 +131,18 @@ class Finder:
         return {w: torch.where(c < producer.size, c, -1) for w, c in channels.items()}
 
 
+def _slice_by_slice(fold: Fold) -> Iterator[Fold]:
+    """A fold of a whole stack as one of each slice into its own readers."""
+    producer = fold.producer
+    indices = {reader.weight.index for reader in fold.readers}
+    if producer.weight is None or indices == {None}:
+        yield fold
+        return
+    for index in indices - {None}:
+        own = replace(producer, weight=replace(producer.weight, index=index))
+        yield Fold(own, tuple(reader for reader in fold.readers if reader.weight.index == index))
+
+
 def _exponent(digit: Tensor) -> Tensor:
     return (digit - _BASE // 2 + (digit >= _BASE // 2).long()).float()
 
@@ -220,11 +151,15 @@ def _answers(producer: Producer, before: Trace, after: Trace) -> dict[Weight, Te
     """For each weight whose input answers cleanly: the digit that every input channel shows, -1 if silent."""
     answers: dict[Weight, Tensor | None] = {}
     for a, b in _paired(before, after):
-        shown = None if a.weight == producer.weight else _digits(a.x, b.x)
+        shown = None if _is_own(producer, a.weight) else _digits(a.x, b.x)
         # A weight that is used twice has to answer alike both times.
         alike = a.weight not in answers or _alike(answers[a.weight], shown)
         answers[a.weight] = shown if alike else None
     return {weight: shown for weight, shown in answers.items() if shown is not None}
+
+
+def _is_own(producer: Producer, weight: Weight) -> bool:
+    return producer.weight in (weight, replace(weight, index=None))
 
 
 def _alike(a: Tensor | None, b: Tensor | None) -> bool:

@@ -2,8 +2,8 @@
 
 A weight is whatever multiplies: an `nn.Linear`'s, a transposed one, one expert's slice of a stack, a raw parameter
 in a matmul. A torch function mode sees them all alike. It can also answer "what if": scale what a weight
-reads or what it produces, without touching the weight. Powers of two make such a run exact, so whether two runs agree
-is not a question of tolerance.
+reads or what it produces, without touching the weight. Powers of two make such a run exact, so whether two runs
+agree is not a question of tolerance.
 """
 
 import weakref
@@ -23,6 +23,7 @@ _OUT_IN = {F.linear}
 _IN_OUT = {
     torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__,
 }  # fmt: skip
+_TOPK = {torch.topk, Tensor.topk}
 _BIAS_FIRST = {torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.baddbmm}
 
 
@@ -77,19 +78,13 @@ Scales = Mapping[Weight, Tensor]
 
 
 class _Watch(TorchFunctionMode):
-    """Reports each product to `on_product(weight, x, y, bias)`; scales inputs and outputs as asked."""
+    """Reports each product to `on_product(weight, x, y, bias)`."""
 
     def __init__(
-        self,
-        block: nn.Module,
-        on_product: Callable[[Weight, Tensor, Tensor, str | None], None],
-        scale_input: Scales | None = None,
-        scale_output: Scales | None = None,
+        self, block: nn.Module, on_product: Callable[[Weight, Tensor, Tensor, str | None], None]
     ) -> None:
         super().__init__()
-        self.made: list[weakref.ref[Tensor]] | None = None
         self._on_product = on_product
-        self._inputs, self._outputs = scale_input or {}, scale_output or {}
         self._names = {id(p): name for name, p in block.named_parameters()}
         self._parameters = {name: p for name, p in block.named_parameters() if p.dim() in (2, 3)}
         # What a parameter was turned into by functions of it alone (views, slices, casts): id -> (tensor, name).
@@ -103,41 +98,27 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         operands = _operands(func, args, kwargs)
         if operands is not None and id(operands[1]) in self._derived:
-            return self._product(func, args, kwargs, *operands)
-        out = func(*args, **kwargs)
+            x, matrix, bias = operands
+            return self._product(func, args, kwargs, x, self._weight(func, matrix), bias)
+        out = self._other(func, args, kwargs)
         if isinstance(out, Tensor):
             self._derive(out, args)
-        if self.made is not None:
-            self.made += [weakref.ref(t) for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
         return out
 
-    @property
-    def views(self) -> set[int]:
-        """The identities of the block's weights and of what was made of them alone."""
-        return set(self._derived)
+    def _other(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return func(*args, **kwargs)
+
+    def _product(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, weight: Weight, bias: Any
+    ) -> Tensor:
+        y: Tensor = func(*args, **kwargs)
+        self._on_product(weight, x, y, self._names.get(id(bias)))
+        return y
 
     def _derive(self, out: Tensor, args: tuple[Any, ...]) -> None:
         tensors = [a for a in args if isinstance(a, Tensor)]
         if len(tensors) == 1 and id(tensors[0]) in self._derived and id(out) not in self._derived:
             self._derived[id(out)] = (out, self._derived[id(tensors[0])][1])
-
-    def _product(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, matrix: Tensor, bias: Any
-    ) -> Tensor:
-        weight = self._weight(func, matrix)
-        if weight in self._inputs:
-            scaled = x * self._inputs[weight].to(x)
-            args = tuple(scaled if a is x else a for a in args)
-            kwargs = {k: scaled if a is x else a for k, a in kwargs.items()}
-            y: Tensor = func(*args, **kwargs)
-        else:
-            y = func(*args, **kwargs)
-        self._on_product(weight, x, y, self._names.get(id(bias)))
-        if weight in self._outputs:
-            y = y * self._outputs[weight].to(y)
-        if self.made is not None:
-            self.made.append(weakref.ref(y))
-        return y
 
     def _weight(self, func: Any, matrix: Tensor) -> Weight:
         name = self._derived[id(matrix)][1]
@@ -147,6 +128,63 @@ class _Watch(TorchFunctionMode):
             index = (matrix.storage_offset() - parameter.storage_offset()) // parameter[0].numel()
         row_major = matrix.stride(-1) <= matrix.stride(-2)
         return Weight(name, transposed=row_major != (func in _OUT_IN), index=index)
+
+
+class _Experiment(_Watch):
+    """A run in which inputs and outputs of weights are scaled, and every expert gets its share of the tokens.
+
+    made: everything that the block computed, to see afterwards what of it has escaped.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        on_product: Callable[[Weight, Tensor, Tensor, str | None], None],
+        scale_input: Scales,
+        scale_output: Scales,
+    ) -> None:
+        super().__init__(block, on_product)
+        self._inputs, self._outputs = scale_input, scale_output
+        self.made: list[weakref.ref[Tensor]] = []
+
+    @property
+    def views(self) -> set[int]:
+        """The identities of the block's weights and of what was made of them alone."""
+        return set(self._derived)
+
+    def _other(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = func(*args, **kwargs)
+        if func in _TOPK:
+            out = _routed(args[0] if args else kwargs["input"], out, args, kwargs)
+        self.made += [weakref.ref(t) for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
+        return out
+
+    def _product(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, weight: Weight, bias: Any
+    ) -> Tensor:
+        if weight in self._inputs:
+            scaled = x * self._inputs[weight].to(x)
+            args = tuple(scaled if a is x else a for a in args)
+            kwargs = {k: scaled if a is x else a for k, a in kwargs.items()}
+        y: Tensor = func(*args, **kwargs)
+        self._on_product(weight, x, y, self._names.get(id(bias)))
+        if weight in self._outputs:
+            y = y * self._outputs[weight].to(y)
+        self.made.append(weakref.ref(y))
+        return y
+
+
+def _routed(scores: Tensor, chosen: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A router's choice, replaced by one that goes round all experts: an experiment must reach them all, and a
+    change of scores must not send a token elsewhere."""
+    dim = kwargs.get("dim", args[2] if len(args) > 2 else -1)
+    if dim not in (-1, scores.dim() - 1):
+        return chosen
+    count = chosen.indices.shape[-1]
+    start = torch.arange(chosen.indices[..., 0].numel(), device=scores.device) * count
+    round_robin = start.unsqueeze(1) + torch.arange(count, device=scores.device)
+    indices = (round_robin % scores.shape[-1]).view(chosen.indices.shape)
+    return type(chosen)((scores.gather(-1, indices), indices))
 
 
 def _operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Any] | None:
@@ -191,8 +229,7 @@ def observe(
         flat = x.detach().reshape(-1, x.shape[-1]), y.detach().reshape(-1, y.shape[-1])
         trace.products.append(Product(weight, *flat, bias, source))
 
-    watch = _Watch(block, note, scale_input, scale_output)
-    watch.made = []
+    watch = _Experiment(block, note, scale_input or {}, scale_output or {})
     with torch.no_grad(), watch:
         returned = forward(*args, **kwargs)
     trace.returned = _tensors(returned)

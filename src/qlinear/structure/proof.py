@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import Call
-from .find import Finder, Fold, output_factor, scaled
+from .find import Finder, row_factor, scaled
+from .folds import Fold
 from .observe import Trace, Weight, observe
 
 TOLERANCE = 1e-5
@@ -46,12 +47,27 @@ def _stands_in(folds: Sequence[Fold], trace: Trace) -> bool:
 
 
 def proved(block: nn.Module, call: Call, folds: Iterable[Fold]) -> list[Fold]:
-    """The folds that hold on this call, in order; a weight or producer is given to the first that takes it."""
+    """The folds that hold on this call, in order; a weight is given to the first that takes it."""
+    suggested = list(folds)
+    first = _disjoint(suggested)
+    if first and prove(block, call, first):
+        return first
     kept: list[Fold] = []
+    for fold in suggested:
+        if fold in _disjoint([*kept, fold]) and prove(block, call, [fold]):
+            kept.append(fold)
+    # Folds that hold one by one are used together only if they hold together.
+    return kept if prove(block, call, kept) else kept[:1]
+
+
+def _disjoint(folds: Sequence[Fold]) -> list[Fold]:
+    """The folds, in order, without those that read a weight which an earlier one reads."""
+    taken: set[Weight] = set()
+    kept = []
     for fold in folds:
-        taken = {reader.weight for other in kept for reader in other.readers}
-        free = all(reader.weight not in taken for reader in fold.readers)
-        if free and prove(block, call, [fold]):
+        readers = {reader.weight for reader in fold.readers}
+        if not readers & taken:
+            taken |= readers
             kept.append(fold)
     return kept
 
@@ -82,7 +98,8 @@ def _run(
         for fold, s in zip(folds, vectors, strict=True):
             s = s.masked_fill(~fold.reached, 1.0)
             gains.enter_context(scaled(block, fold.producer, magnitude / s))
-            outputs |= output_factor(fold.producer, magnitude / s)
+            if fold.producer.weight is not None:
+                outputs[fold.producer.weight] = row_factor(fold.producer, magnitude / s)
             inputs |= {reader.weight: reader.spread(s) for reader in fold.readers}
         return observe(block, call.forward, call.args, call.kwargs, inputs, outputs)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import Lanes, batches_of
-from .find import InputGroup, find_groups
+from .folds import InputGroup, find_groups
 from .proof import examine
 
 _TOKENS = 32

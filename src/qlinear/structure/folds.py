@@ -1,0 +1,92 @@
+"""What experiments find and proofs confirm: producers, what reads them, and the groups that share a vector."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .observe import Trace, Weight
+
+
+@dataclass(frozen=True, slots=True)
+class Producer:
+    """What can take a smoothing vector: the gain of a norm, or the rows of a weight.
+
+    size: channels. gain: the vectors, gain first, biases after; empty if `weight` is set. offset: 1 where the norm
+    multiplies by (1 + gain). rows: (start, stop, step), which rows of `weight` reach the readers, all if None; bias:
+    its bias. A weight with an index of None that has three dimensions stands for all its slices.
+    """
+
+    size: int
+    gain: tuple[str, ...] = ()
+    offset: float = 0.0
+    weight: Weight | None = None
+    bias: str | None = None
+    rows: tuple[int, int, int] | None = None
+
+    @property
+    def name(self) -> str:
+        """The module that produces, by its name in the block."""
+        return (self.gain[0] if self.weight is None else self.weight.name).rpartition(".")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """A weight and where its input comes from: input channel j is producer channel `channels[j]`, -1 if unknown."""
+
+    weight: Weight
+    channels: Tensor
+
+    def spread(self, s: Tensor) -> Tensor:
+        """A vector over the producer's channels (size,) as one over this weight's input (in,); 1 where unknown."""
+        return torch.where(self.channels < 0, torch.ones_like(s[:1]), s[self.channels.clamp(min=0)])
+
+    def gather(self, per_input: Tensor, size: int) -> Tensor:
+        """A statistic per input channel (in,) as its maximum per producer channel (size,); 0 where unread."""
+        known = self.channels >= 0
+        gathered = per_input.new_zeros(size)
+        return gathered.scatter_reduce_(0, self.channels[known], per_input[known], "amax")
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """A producer and all the weights that read it."""
+
+    producer: Producer
+    readers: tuple[Reader, ...]
+
+    @property
+    def reached(self) -> Tensor:
+        """Which producer channels (size,) may be scaled: those that are known to reach every reader."""
+        reached = torch.ones(self.producer.size, dtype=torch.bool, device=self.readers[0].channels.device)
+        for reader in self.readers:
+            seen = torch.zeros_like(reached)
+            seen[reader.channels[reader.channels >= 0]] = True
+            reached &= seen
+        return reached
+
+
+@dataclass(frozen=True, slots=True)
+class InputGroup:
+    """Weights that share one smoothing vector, and the fold that would take it (None: nothing can)."""
+
+    weights: tuple[Weight, ...]
+    fold: Fold | None = None
+
+
+def find_groups(trace: Trace, folds: Sequence[Fold]) -> list[InputGroup]:
+    """Each weight of a run in exactly one group: by the fold that it reads from, else by the tensor it reads."""
+    fold_of = {reader.weight: fold for fold in folds for reader in fold.readers}
+    members: dict[object, list[Weight]] = {}
+    fold_at: dict[object, Fold] = {}
+    placed: set[Weight] = set()
+    for product in trace.products:
+        fold = fold_of.get(product.weight)
+        key = product.source if fold is None else fold.producer
+        if fold is not None:
+            fold_at[key] = fold
+        if product.weight not in placed:
+            members.setdefault(key, []).append(product.weight)
+            placed.add(product.weight)
+    return [InputGroup(tuple(weights), fold_at.get(key)) for key, weights in members.items()]
