@@ -150,6 +150,12 @@ class Scheme:
 
 _W8 = TensorFormat("int8", "channel")
 _DYNAMIC_INT8 = TensorFormat("int8", "token", dynamic=True)
+_FP8: DType = "float8_e4m3fn"
+
+
+def _int4(group_size: int, symmetric: bool = True) -> TensorFormat:
+    return TensorFormat("int4", "group", group_size=group_size, symmetric=symmetric)
+
 
 # The presets are values, not behaviour: nothing below branches on a name.
 SCHEMES: dict[str, Scheme] = {
@@ -159,6 +165,19 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("w8a8-asym", _W8, TensorFormat("int8", "token", symmetric=False, dynamic=True)),
         Scheme("w8a8-static", _W8, TensorFormat("int8", "tensor")),
         Scheme("w8a16", _W8),
+        Scheme("w4a16", _int4(128)),
+        Scheme("w4a16-g64", _int4(64)),
+        Scheme("w4a16-g32", _int4(32)),
+        Scheme("w4a16-channel", TensorFormat("int4", "channel")),
+        Scheme("w4a16-asym", _int4(128, symmetric=False)),
+        Scheme("w4a8", _int4(128), _DYNAMIC_INT8),
+        Scheme("fp8", TensorFormat(_FP8, "channel"), TensorFormat(_FP8, "token", dynamic=True)),
+        Scheme("fp8-static", TensorFormat(_FP8, "tensor"), TensorFormat(_FP8, "tensor")),
+        Scheme(
+            "fp8-block",
+            TensorFormat(_FP8, "block", block_size=(128, 128)),
+            TensorFormat(_FP8, "group", group_size=128, dynamic=True),
+        ),
     )
 }
 
