@@ -27,7 +27,9 @@ GENERIC = (
     Scheme("block", TensorFormat("float8_e4m3fn", "block", block_size=(8, 8))),
     Scheme("w8a8-uint8", TensorFormat(), TensorFormat("uint8", "tensor", symmetric=False)),
 )
-ALL_SCHEMES = [*SCHEMES.values(), *GENERIC]
+# The layers here have 32 inputs; what doesn't divide them stands in GENERIC in small.
+FITTING = [s for s in SCHEMES.values() if s.weight.group_size in (None, 32) and s.weight.block_size is None]
+ALL_SCHEMES = [*FITTING, *GENERIC]
 named = pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=lambda scheme: scheme.name)
 
 
@@ -52,7 +54,8 @@ def test_its_output_is_the_float_layers_up_to_its_codes(scheme: Scheme, dtype: t
     x = torch.randn(5, 32).clamp(-3, 3).to(dtype)
     error = (layer(x).float() - linear(x.float())).norm() / linear(x.float()).norm()
     assert layer(x).dtype == dtype
-    assert error < {8: 0.04, 4: 0.15}[scheme.weight.bits]
+    # An e4m3 code keeps three bits: each factor of a product is off by up to 1/16, 0.026 on average.
+    assert error < {8: 0.05 if scheme.weight.is_float else 0.04, 4: 0.15}[scheme.weight.bits]
 
 
 @named
