@@ -27,8 +27,8 @@ GENERIC = (
     Scheme("block", TensorFormat("float8_e4m3fn", "block", block_size=(8, 8))),
     Scheme("w8a8-uint8", TensorFormat(), TensorFormat("uint8", "tensor", symmetric=False)),
 )
-# The layers here have 32 inputs; what doesn't divide them stands in GENERIC in small.
-FITTING = [s for s in SCHEMES.values() if s.weight.group_size in (None, 32) and s.weight.block_size is None]
+# The layers here have 256 inputs; what doesn't divide them stands in GENERIC in small.
+FITTING = [s for s in SCHEMES.values() if s.weight.group_size in (None, 256) and s.weight.block_size is None]
 ALL_SCHEMES = [*FITTING, *GENERIC]
 named = pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=lambda scheme: scheme.name)
 
@@ -36,14 +36,14 @@ named = pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=lambda scheme: scheme
 class Stats:
     """What calibration would say of inputs between -3 and 3."""
 
-    min, max = torch.full((32,), -3.0), torch.full((32,), 3.0)
+    min, max = torch.full((256,), -3.0), torch.full((256,), 3.0)
 
 
 def quantized(
     scheme: str | Scheme = "w8a8", bias: bool = True, migration_scale: Tensor | None = None
 ) -> tuple[nn.Linear, QLinear]:
     torch.manual_seed(0)
-    linear = nn.Linear(32, 24, bias)
+    linear = nn.Linear(256, 24, bias)
     return linear, QLinear.from_float(linear, scheme, Stats, migration_scale)
 
 
@@ -51,7 +51,7 @@ def quantized(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_its_output_is_the_float_layers_up_to_its_codes(scheme: Scheme, dtype: torch.dtype) -> None:
     linear, layer = quantized(scheme)
-    x = torch.randn(5, 32).clamp(-3, 3).to(dtype)
+    x = torch.randn(5, 256).clamp(-3, 3).to(dtype)
     error = (layer(x).float() - linear(x.float())).norm() / linear(x.float()).norm()
     assert layer(x).dtype == dtype
     # An e4m3 code keeps three bits: each factor of a product is off by up to 1/16, 0.026 on average.
@@ -60,10 +60,10 @@ def test_its_output_is_the_float_layers_up_to_its_codes(scheme: Scheme, dtype: t
 
 @named
 def test_it_multiplies_by_what_its_codes_stand_for(scheme: Scheme) -> None:
-    _, layer = quantized(scheme, migration_scale=torch.rand(32) + 0.5)
+    _, layer = quantized(scheme, migration_scale=torch.rand(256) + 0.5)
     weight = dequantize(layer.weight, layer.weight_scale, layer.weight_zero_point, scheme.weight)
     torch.testing.assert_close(layer.dequantize() * layer.migration_scale, weight)
-    x = torch.randn(64, 32).clamp(-3, 3)
+    x = torch.randn(64, 256).clamp(-3, 3)
     plain = nn.functional.linear(x, layer.dequantize(), layer.bias)
     error = (layer(x) - plain).norm() / plain.norm()
     assert error < (0.03 if scheme.activation is not None else 1e-6)
@@ -71,8 +71,8 @@ def test_it_multiplies_by_what_its_codes_stand_for(scheme: Scheme) -> None:
 
 @pytest.mark.parametrize("name", ["w8a8", "w8a8-asym", "w8a8-static"])
 def test_the_integer_kernel_and_the_plain_way_agree(name: str) -> None:
-    _, layer = quantized(name, migration_scale=torch.rand(32) + 0.5)
-    x = torch.randn(7, 32)
+    _, layer = quantized(name, migration_scale=torch.rand(256) + 0.5)
+    x = torch.randn(7, 256)
     torch.testing.assert_close(layer(x), layer._forward_plain(x), rtol=1e-5, atol=1e-5)
 
 
@@ -83,10 +83,10 @@ def test_the_integer_kernel_and_the_plain_way_agree(name: str) -> None:
 )
 def test_any_number_of_leading_dimensions(shape: list[int], dtype: torch.dtype, scheme: Scheme) -> None:
     _, layer = quantized(scheme)
-    x = torch.randn(*shape, 32).to(dtype)
+    x = torch.randn(*shape, 256).to(dtype)
     assert layer(x).shape == (*shape, 24)
     if x.numel():
-        last = layer(x.reshape(-1, 32)[-1])
+        last = layer(x.reshape(-1, 256)[-1])
         # Generic schemes multiply in float, where torch sums a row and a matrix in different orders.
         exact = {"rtol": 0, "atol": 0} if layer._is_integer else {"rtol": 2e-2, "atol": 2e-2}
         torch.testing.assert_close(layer(x).reshape(-1, 24)[-1], last, **exact)
@@ -94,14 +94,14 @@ def test_any_number_of_leading_dimensions(shape: list[int], dtype: torch.dtype, 
 
 def test_strides_do_not_matter() -> None:
     _, layer = quantized()
-    x = torch.randn(4, 32, 6)
+    x = torch.randn(4, 256, 6)
     assert torch.equal(layer(x.transpose(1, 2)), layer(x.transpose(1, 2).contiguous()))
-    assert torch.equal(layer(x[:, :, :1].expand(4, 32, 6).mT), layer(x[:, :, :1].mT).expand(4, 6, 24))
+    assert torch.equal(layer(x[:, :, :1].expand(4, 256, 6).mT), layer(x[:, :, :1].mT).expand(4, 6, 24))
 
 
 def test_a_pair_of_codes_and_scale_skips_quantizing() -> None:
     _, layer = quantized()
-    x = torch.randn(2, 5, 32)
+    x = torch.randn(2, 5, 256)
     tokens = quantize_tensor(x, INT8_TOKEN)
     assert torch.equal(layer((tokens.codes, tokens.scale)), layer(x))
 
@@ -109,19 +109,19 @@ def test_a_pair_of_codes_and_scale_skips_quantizing() -> None:
 def test_a_pair_is_refused_where_no_integer_kernel_takes_it() -> None:
     _, layer = quantized("w8a16")
     with pytest.raises(SchemeError, match="'w8a16' takes no codes as input"):
-        layer((torch.zeros(2, 32, dtype=torch.int8), torch.ones(2, 1)))
+        layer((torch.zeros(2, 256, dtype=torch.int8), torch.ones(2, 1)))
 
 
 @named
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_state_dict_round_trip_is_bit_exact(scheme: Scheme, bias: bool) -> None:
-    _, layer = quantized(scheme, bias, torch.rand(32) + 0.5)
-    other = QLinear(32, 24, bias, scheme=scheme)
+    _, layer = quantized(scheme, bias, torch.rand(256) + 0.5)
+    other = QLinear(256, 24, bias, scheme=scheme)
     file = io.BytesIO()
     torch.save(layer.state_dict(), file)
     file.seek(0)
     assert not any(other.load_state_dict(torch.load(file, weights_only=True)))
-    x = torch.randn(3, 32)
+    x = torch.randn(3, 256)
     assert torch.equal(other(x), layer(x))
     assert {name: t.dtype for name, t in other.state_dict().items()} == {
         name: t.dtype for name, t in layer.state_dict().items()
@@ -131,13 +131,13 @@ def test_a_state_dict_round_trip_is_bit_exact(scheme: Scheme, bias: bool) -> Non
 @named
 @pytest.mark.parametrize("assign", [True, False])
 def test_it_is_made_on_meta_and_filled_afterwards(scheme: Scheme, assign: bool) -> None:
-    _, source = quantized(scheme, migration_scale=torch.rand(32) + 0.5)
-    layer = QLinear(32, 24, device="meta", scheme=scheme)
+    _, source = quantized(scheme, migration_scale=torch.rand(256) + 0.5)
+    layer = QLinear(256, 24, device="meta", scheme=scheme)
     assert all(buffer.is_meta for buffer in layer.buffers())
     if not assign:
         layer.to_empty(device="cpu")
     layer.load_state_dict(source.state_dict(), assign=assign)
-    x = torch.randn(3, 32)
+    x = torch.randn(3, 256)
     assert torch.equal(layer(x), source(x))
 
 
@@ -168,7 +168,7 @@ def test_a_copy_is_independent(copier: Callable[[QLinear], QLinear], scheme: Sch
     if copier is pickled and scheme.weight.is_float:
         pytest.skip("torch's tensors of float8 cannot be pickled outside torch.save")
     _, layer = quantized(scheme)
-    x = torch.randn(3, 32)
+    x = torch.randn(3, 256)
     before = layer(x)
     other = copier(layer)
     assert torch.equal(other(x), before)
@@ -180,7 +180,7 @@ def test_a_copy_is_independent(copier: Callable[[QLinear], QLinear], scheme: Sch
 @named
 @pytest.mark.parametrize("move", ["half", "bfloat16", "double", "cpu"])
 def test_moving_touches_neither_codes_nor_scales(scheme: Scheme, move: str) -> None:
-    _, layer = quantized(scheme, migration_scale=torch.rand(32) + 0.5)
+    _, layer = quantized(scheme, migration_scale=torch.rand(256) + 0.5)
     before = {name: buffer.clone() for name, buffer in layer.named_buffers() if name != "bias"}
     getattr(layer, move)()
     for name, buffer in before.items():
@@ -199,9 +199,9 @@ def test_it_knows_its_dtype_without_a_bias() -> None:
 
 def test_changed_codes_are_used_at_once() -> None:
     _, layer = quantized()
-    x = torch.randn(3, 32)
+    x = torch.randn(3, 256)
     layer(x)
-    twice = QLinear.from_float(nn.Linear(32, 24), "w8a8")
+    twice = QLinear.from_float(nn.Linear(256, 24), "w8a8")
     layer.load_state_dict(twice.state_dict())
     assert torch.equal(layer(x), twice(x))
     layer.weight = twice.weight.neg()
@@ -211,7 +211,7 @@ def test_changed_codes_are_used_at_once() -> None:
 def test_nothing_packed_is_saved() -> None:
     _, layer = quantized()
     before = {name: buffer.shape for name, buffer in layer.named_buffers()}
-    layer(torch.randn(3, 32))
+    layer(torch.randn(3, 256))
     assert {name: buffer.shape for name, buffer in layer.named_buffers()} == before
     assert set(layer.state_dict()) == {"weight", "weight_scale", "bias"}
 
@@ -219,10 +219,10 @@ def test_nothing_packed_is_saved() -> None:
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (torch.randn(3, 31), r"in_features 32; got shape \(3, 31\)"),
-        (torch.tensor(1.0), r"in_features 32; got shape \(\)"),
-        (torch.ones(3, 32, dtype=torch.int8), "floating point tensor; got torch.int8"),
-        (torch.ones(3, 32, device="meta"), "the input is on meta, the layer on cpu"),
+        (torch.randn(3, 255), r"in_features 256; got shape \(3, 255\)"),
+        (torch.tensor(1.0), r"in_features 256; got shape \(\)"),
+        (torch.ones(3, 256, dtype=torch.int8), "floating point tensor; got torch.int8"),
+        (torch.ones(3, 256, device="meta"), "the input is on meta, the layer on cpu"),
     ],
 )
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
@@ -234,18 +234,18 @@ def test_a_wrong_input_is_refused_with_both_sides(x: Tensor, message: str, schem
 
 def test_static_activations_need_statistics() -> None:
     with pytest.raises(SchemeError, match="stats of the layer's input are needed"):
-        QLinear.from_float(nn.Linear(32, 24), "w8a8-static")
+        QLinear.from_float(nn.Linear(256, 24), "w8a8-static")
 
 
 def test_codes_in_another_format_are_refused() -> None:
-    codes = quantize_tensor(torch.randn(24, 32), TensorFormat("int8", "tensor"))
+    codes = quantize_tensor(torch.randn(24, 256), TensorFormat("int8", "tensor"))
     with pytest.raises(SchemeError, match="scheme 'w8a8' takes weights as"):
         QLinear.from_quantized(codes, None, "w8a8")
 
 
 @named
 def test_codes_are_taken_as_they_are(scheme: Scheme) -> None:
-    codes = quantize_tensor(torch.randn(24, 32), scheme.weight)
+    codes = quantize_tensor(torch.randn(24, 256), scheme.weight)
     layer = QLinear.from_quantized(codes, torch.ones(24), scheme, dtype=torch.bfloat16)
     assert layer.weight is codes.codes
     assert torch.equal(layer.dequantize(), codes.dequantize())
@@ -264,7 +264,9 @@ def test_fresh_parameters_are_distributed_as_linears_are(scheme: Scheme) -> None
 
 
 def test_it_is_described_as_linear_is() -> None:
-    assert repr(QLinear(32, 24, False)) == "QLinear(in_features=32, out_features=24, bias=False, scheme=w8a8)"
+    assert (
+        repr(QLinear(256, 24, False)) == "QLinear(in_features=256, out_features=24, bias=False, scheme=w8a8)"
+    )
     assert QLinear.__constants__[:2] == ("in_features", "out_features")
     assert get_scheme("w8a8") is QLinear(2, 3).scheme
 

@@ -9,20 +9,22 @@ Where the product is missing or inexact (x86 without VNNI saturates in silence),
 """
 
 import functools
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ..numerics import scale_from_absmax
 from . import reference
 
-# Float32 elements that the caches of two cores hold while a few passes are made over them.
+# Float32 elements that the caches of two cores hold while a few passes are made over them. Temporaries of this
+# size come back from malloc still warm, so nothing is gained by managing buffers here.
 _CHUNK = 1 << 18
 # Rows of one product: enough to read the weight few times, few enough for its output to stay in cache.
 _PRODUCT_ROWS = 256
+_NO_ZERO_POINT = torch.zeros(1, dtype=torch.int32)
 # Adding 1.5 · 2²³ to a float32 of small size rounds it, half to even, and leaves the integer in the lowest bits.
 _ROUNDING = 1.5 * 2**23
 # uint8 codes times int8 weights must fit an int32 sum before the zero point is taken out.
@@ -30,14 +32,15 @@ _MAX_IN = 2**31 // (255 * 128)
 
 
 class _Packed(NamedTuple):
+    owner: weakref.ref[Tensor]
     version: int
     address: int
     weight: Tensor
 
 
-# What packing gave, by the tensor that holds the codes. An entry goes when its tensor does, and counts only as
-# long as the tensor has neither been written to nor moved.
-_packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# What packing gave, by the id of the tensor that holds the codes. An entry goes when its tensor does, and counts
+# only as long as the tensor has neither been written to nor moved.
+_packed: dict[int, _Packed] = {}
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -50,17 +53,18 @@ def packed_once(weight: Tensor) -> Tensor:
     """`pack(weight)`, remembered for as long as the tensor lives unchanged."""
     # Inference tensors count no versions: those that were packed must not be written to.
     version = -1 if weight.is_inference() else weight._version
-    entry: _Packed | None = _packed[weight] if weight in _packed else None  # noqa: SIM401
-    if entry is None or (entry.version, entry.address) != (version, weight.data_ptr()):
-        entry = _packed[weight] = _Packed(version, weight.data_ptr(), pack(weight))
+    key, address = id(weight), weight.data_ptr()
+    entry = _packed.get(key)
+    if entry is None or (entry.version, entry.address) != (version, address) or entry.owner() is not weight:
+        owner = weakref.ref(weight, lambda _: _packed.pop(key, None))
+        entry = _packed[key] = _Packed(owner, version, address, pack(weight))
     return entry.weight
 
 
 def _product(codes: Tensor, zero_point: int, packed: Tensor, weight_scale: Tensor) -> Tensor:
     """float32((codes - zero_point) · weightᵀ) * weight_scale: codes (M, in) uint8 → (M, out) float32."""
-    no_zero_point = torch.zeros(1, dtype=torch.int32)
     y: Tensor = torch.ops.onednn.qlinear_pointwise(
-        codes, 1.0, zero_point, packed, weight_scale, no_zero_point,
+        codes, 1.0, zero_point, packed, weight_scale, _NO_ZERO_POINT,
         None, 1.0, 0, torch.float32, "none", [], "",
     )  # fmt: skip
     return y
@@ -94,72 +98,72 @@ def _is_fast(weight: Tensor) -> bool:
     return 0 < weight.shape[1] <= _MAX_IN and weight.shape[0] > 0 and is_exact()
 
 
-def _spans(total: int, step: int) -> Iterator[slice]:
-    return (slice(start, min(start + step, total)) for start in range(0, total, step))
+def _blocks(rows: int, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """The tensors, `rows` rows of each at a time."""
+    if tensors[0].shape[0] <= rows:
+        return [tensors]
+    return zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)
 
 
-def _load(x: Tensor, migration_scale: Tensor | None, scratch: Tensor) -> Tensor:
-    """`x / migration_scale` in float32, in the first rows of `scratch`."""
-    rows = scratch[: x.shape[0]].copy_(x)
-    return rows if migration_scale is None else rows.div_(migration_scale)
-
-
-def _store_codes(x: Tensor, zero_point: int, codes: Tensor) -> None:
-    """codes = uint8(round(x) + zero_point); x is overwritten."""
+def _round(x: Tensor, zero_point: int, codes: Tensor) -> None:
+    """codes = uint8(round(x) + zero_point), for results from 0 to 255; x is overwritten."""
     odd = zero_point % 2  # halves go to the even side, so only an even number may be added before rounding
     x.add_(_ROUNDING + zero_point - odd)
     codes.copy_((x.add_(odd) if odd else x).view(torch.int32))
 
 
-def _quantize_tokens(x: Tensor, migration_scale: Tensor | None, codes: Tensor, scale: Tensor) -> None:
-    """Rows of x (M, in) → codes (M, in) uint8 around 128, scale (M, 1)."""
-    step = max(1, _CHUNK // x.shape[1])
-    scratch = torch.empty(2, min(step, x.shape[0]), x.shape[1])
-    for part in _spans(x.shape[0], step):
-        rows = _load(x[part], migration_scale, scratch[0])
-        absmax = torch.abs(rows, out=scratch[1, : rows.shape[0]]).amax(1, keepdim=True)
-        scale[part] = scale_from_absmax(absmax, reference.TOKEN_INT8)
-        _store_codes(rows.div_(scale[part]), 128, codes[part])
-    # infinity - infinity is NaN: what the reference gives a token that holds one.
-    scale += scale - scale
+def _quantize_tokens(x: Tensor, migration_scale: Tensor | None, codes: Tensor) -> Tensor:
+    """Rows of x (M, in) → codes (M, in) uint8 around 128; returns their scale (M, 1)."""
+    values = reference.migrate(x, migration_scale)
+    scale = scale_from_absmax(values.abs().amax(1, keepdim=True), reference.TOKEN_INT8)
+    _round(values / scale, 128, codes)
+    return scale
 
 
 def _quantize_static(
-    x: Tensor, migration_scale: Tensor | None, codes: Tensor, input_scale: Tensor, zero_point: int
-) -> None:
-    """Rows of x (M, in) → codes (M, in) uint8 around `zero_point`, for one scale (1,)."""
-    step = max(1, _CHUNK // x.shape[1])
-    scratch = torch.empty(min(step, x.shape[0]), x.shape[1])
-    for part in _spans(x.shape[0], step):
-        rows = _load(x[part], migration_scale, scratch).div_(input_scale)
-        # Both ends are whole numbers, so clamping before rounding is the same as after.
-        _store_codes(rows.clamp_(-zero_point, 255 - zero_point), zero_point, codes[part])
+    x: Tensor, migration_scale: Tensor | None, input_scale: Tensor, zero_point: int, codes: Tensor
+) -> Tensor:
+    """Rows of x (M, in) → codes (M, in) uint8 around `zero_point`; returns the scale (1,) they share."""
+    values = reference.migrate(x, migration_scale) / input_scale
+    # Both ends are whole numbers, so clamping before rounding is the same as after.
+    _round(values.clamp_(-zero_point, 255 - zero_point), zero_point, codes)
+    return input_scale
 
 
-def _finish(product: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out = product * scale + bias, cast; `product` is overwritten."""
-    for part in _spans(out.shape[0], max(1, _CHUNK // out.shape[1])):
-        y = product[part].mul_(scale[part] if scale.shape[0] > 1 else scale)
-        out[part] = y if bias is None else y.add_(bias)
+class _Weight(NamedTuple):
+    packed: Tensor
+    scale: Tensor  # (out,)
+    bias: Tensor | None
+    rows: int  # of input or output that stay in cache
+
+
+def _prepare(weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> _Weight:
+    scale = weight_scale.reshape(-1)
+    if scale.shape[0] != weight.shape[0]:
+        scale = scale.expand(weight.shape[0]).contiguous()
+    rows = max(1, _CHUNK // max(weight.shape))
+    return _Weight(packed_once(weight), scale, None if bias is None else bias.float(), rows)
+
+
+def _multiply(codes: Tensor, zero_point: int, scales: Iterable[Tensor], weight: _Weight, out: Tensor) -> None:
+    """out (M, out) = product * scale + bias; `scales` has one tensor for every `weight.rows` rows."""
+    product = _product(codes, zero_point, weight.packed, weight.scale)
+    for (values, y), scale in zip(_blocks(weight.rows, product, out), scales, strict=True):
+        values.mul_(scale)
+        y.copy_(values if weight.bias is None else values.add_(weight.bias))
 
 
 def _linear(
-    quantized_rows: Callable[[slice], tuple[Tensor, Tensor]],
-    shape: torch.Size,
-    zero_point: int,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
+    x: Tensor, quantize: Callable[[Tensor, Tensor], Tensor], zero_point: int, weight: _Weight
 ) -> Tensor:
-    """The layer over blocks of rows; `quantized_rows` gives a block's uint8 codes and scales."""
-    packed, channels = packed_once(weight), weight_scale.reshape(-1).expand(weight.shape[0]).contiguous()
-    bias = None if bias is None else bias.float()
-    out = torch.empty(shape[:-1].numel(), weight.shape[0], dtype=dtype)
-    for part in _spans(out.shape[0], _PRODUCT_ROWS):
-        codes, scale = quantized_rows(part)
-        _finish(_product(codes, zero_point, packed, channels), scale, bias, out[part])
-    return out.view(*shape[:-1], weight.shape[0])
+    """The layer over blocks of x's rows; `quantize(rows, codes)` stores their codes and returns their scale."""
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    out = x.new_empty(rows.shape[0], weight.scale.shape[0])
+    for block, block_out in _blocks(_PRODUCT_ROWS, rows, out):
+        codes = torch.empty(block.shape, dtype=torch.uint8)
+        scales = [quantize(*part) for part in _blocks(weight.rows, block, codes)]
+        _multiply(codes, zero_point, scales, weight, block_out)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[1])
 
 
 def dynamic_linear(
@@ -173,15 +177,11 @@ def dynamic_linear(
     """`reference.dynamic_linear`, bit for bit."""
     if not (symmetric and _is_fast(weight)):
         return reference.dynamic_linear(x, weight, weight_scale, migration_scale, bias, symmetric)
-    rows = x.reshape(-1, x.shape[-1])
-    codes = torch.empty(min(_PRODUCT_ROWS, rows.shape[0]), rows.shape[1], dtype=torch.uint8)
 
-    def quantized_rows(part: slice) -> tuple[Tensor, Tensor]:
-        block, scale = codes[: part.stop - part.start], torch.empty(part.stop - part.start, 1)
-        _quantize_tokens(rows[part], migration_scale, block, scale)
-        return block, scale
+    def quantize(rows: Tensor, codes: Tensor) -> Tensor:
+        return _quantize_tokens(rows, migration_scale, codes)
 
-    return _linear(quantized_rows, x.shape, 128, weight, weight_scale, bias, x.dtype)
+    return _linear(x, quantize, 128, _prepare(weight, weight_scale, bias))
 
 
 def static_linear(
@@ -198,22 +198,17 @@ def static_linear(
         return reference.static_linear(
             x, weight, weight_scale, migration_scale, bias, input_scale, input_zero_point
         )
-    rows, zero_point = x.reshape(-1, x.shape[-1]), _uint8_zero_point(input_zero_point)
-    codes = torch.empty(min(_PRODUCT_ROWS, rows.shape[0]), rows.shape[1], dtype=torch.uint8)
+    zero_point = 128 if input_zero_point is None else int(input_zero_point) + _offset(input_zero_point.dtype)
 
-    def quantized_rows(part: slice) -> tuple[Tensor, Tensor]:
-        block = codes[: part.stop - part.start]
-        _quantize_static(rows[part], migration_scale, block, input_scale, zero_point)
-        return block, input_scale.view(1, 1)
+    def quantize(rows: Tensor, codes: Tensor) -> Tensor:
+        return _quantize_static(rows, migration_scale, input_scale, zero_point, codes)
 
-    return _linear(quantized_rows, x.shape, zero_point, weight, weight_scale, bias, x.dtype)
+    return _linear(x, quantize, zero_point, _prepare(weight, weight_scale, bias))
 
 
-def _uint8_zero_point(zero_point: Tensor | None) -> int:
-    """The zero point of the codes once int8 ones are moved up by 128."""
-    if zero_point is None:
-        return 128
-    return int(zero_point) + (0 if zero_point.dtype == torch.uint8 else 128)
+def _offset(dtype: torch.dtype) -> int:
+    """What turns a code of this dtype into the uint8 code that oneDNN is given."""
+    return 0 if dtype == torch.uint8 else 128
 
 
 def codes_linear(
@@ -229,11 +224,11 @@ def codes_linear(
     per_token = zero_point is not None and zero_point.numel() != 1
     if per_token or not _is_fast(weight):
         return reference.codes_linear(codes, scale, zero_point, weight, weight_scale, bias, dtype)
-    rows, scales = codes.reshape(-1, codes.shape[-1]).contiguous(), scale.reshape(-1, 1)
+    rows = codes.reshape(-1, codes.shape[-1]).contiguous()
     unsigned = rows if rows.dtype == torch.uint8 else rows.view(torch.uint8) ^ 128
-    offset = (0 if rows.dtype == torch.uint8 else 128) + (0 if zero_point is None else int(zero_point))
-
-    def quantized_rows(part: slice) -> tuple[Tensor, Tensor]:
-        return unsigned[part], scales if scales.shape[0] == 1 else scales[part]
-
-    return _linear(quantized_rows, codes.shape, offset, weight, weight_scale, bias, dtype)
+    zero = _offset(codes.dtype) + (0 if zero_point is None else int(zero_point))
+    prepared, out = _prepare(weight, weight_scale, bias), torch.empty(len(rows), len(weight), dtype=dtype)
+    scales = scale.reshape(-1, 1).expand(len(rows), 1)
+    for block, block_scale, block_out in _blocks(_PRODUCT_ROWS, unsigned, scales, out):
+        _multiply(block, zero, torch.split(block_scale, prepared.rows), prepared, block_out)
+    return out.view(*codes.shape[:-1], len(weight))

@@ -42,13 +42,12 @@ def quantize_tokens(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """int8 codes (*, in), scale (*, 1) float32 and zero point (*, 1) of each token of x (*, in).
 
-    A token with NaN or infinity gets the scale NaN, so its outputs are NaN and no other token's are touched.
+    NaN or infinity in a token becomes its scale, so that no output of this token is finite; others are untouched.
     """
     x = migrate(x, migration_scale)
     fmt = TOKEN_INT8 if symmetric else TOKEN_INT8_ASYMMETRIC
     scale, zero_point = choose_qparams(x, fmt)
-    finite = torch.where(torch.isfinite(scale), scale, torch.nan)
-    return quantize(torch.nan_to_num(x), scale, zero_point, fmt), finite, zero_point
+    return quantize(x, scale, zero_point, fmt), scale, zero_point
 
 
 def static_format(zero_point: Tensor | None) -> TensorFormat:
