@@ -90,7 +90,8 @@ def scale_from_absmax(absmax: Tensor, fmt: TensorFormat, scale_dtype: torch.dtyp
 
 def _nonzero(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
     """`scale` as it will be stored, and 1 where it is zero there (or no more than float32 arithmetic keeps)."""
-    return torch.threshold(scale.to(scale_dtype).float(), _TINY, 1.0)
+    stored = scale if scale_dtype == scale.dtype else scale.to(scale_dtype).float()
+    return torch.threshold(stored, _TINY, 1.0)
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: TensorFormat) -> Tensor:

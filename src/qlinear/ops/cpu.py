@@ -24,9 +24,12 @@ from . import reference
 _CHUNK = 1 << 18
 # Rows of one product: enough to read the weight few times, few enough for its output to stay in cache.
 _PRODUCT_ROWS = 256
-_NO_ZERO_POINT = torch.zeros(1, dtype=torch.int32)
+_NO_ZERO_POINT = torch.zeros(1, dtype=torch.int32, device="cpu")
 # Adding 1.5 · 2²³ to a float32 of small size rounds it, half to even, and leaves the integer in the lowest bits.
 _ROUNDING = 1.5 * 2**23
+_ROUNDING_TO_128 = torch.tensor(
+    _ROUNDING + 128, device="cpu"
+)  # wrapping the number costs as much as adding it
 # uint8 codes times int8 weights must fit an int32 sum before the zero point is taken out.
 _MAX_IN = 2**31 // (255 * 128)
 
@@ -80,11 +83,11 @@ def is_exact() -> bool:
 
 
 def _equals_reference(rows: int, width: int, out: int) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 2, (rows, width), generator=generator).mul(255).to(torch.uint8)
-    weight = torch.randint(0, 2, (out, width), generator=generator).mul(255).sub(128).to(torch.int8)
-    weight[0], codes[0] = -128, 255
-    scale = torch.rand(out, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    draw = functools.partial(torch.rand, generator=generator, device="cpu")
+    codes = torch.where(draw(rows, width) < 0.5, 0, 255).to(torch.uint8)
+    weight = torch.where(draw(out, width) < 0.5, -128, 127).to(torch.int8)
+    weight[0], codes[0], scale = -128, 255, draw(out)
     return all(
         torch.equal(
             _product(codes, zero, pack(weight), scale),
@@ -107,9 +110,13 @@ def _blocks(rows: int, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
 
 def _round(x: Tensor, zero_point: int, codes: Tensor) -> None:
     """codes = uint8(round(x) + zero_point), for results from 0 to 255; x is overwritten."""
-    odd = zero_point % 2  # halves go to the even side, so only an even number may be added before rounding
-    x.add_(_ROUNDING + zero_point - odd)
-    codes.copy_((x.add_(odd) if odd else x).view(torch.int32))
+    if zero_point == 128:
+        x.add_(_ROUNDING_TO_128)
+    else:
+        # Halves go to the even side, so only an even number may be added before rounding.
+        odd = zero_point % 2
+        x.add_(_ROUNDING + zero_point - odd).add_(odd)
+    codes.copy_(x.view(torch.int32))
 
 
 def _quantize_tokens(x: Tensor, migration_scale: Tensor | None, codes: Tensor) -> Tensor:
@@ -157,13 +164,13 @@ def _linear(
     x: Tensor, quantize: Callable[[Tensor, Tensor], Tensor], zero_point: int, weight: _Weight
 ) -> Tensor:
     """The layer over blocks of x's rows; `quantize(rows, codes)` stores their codes and returns their scale."""
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    out = x.new_empty(rows.shape[0], weight.scale.shape[0])
+    rows = x.reshape(-1, x.shape[-1])
+    out = x.new_empty(len(rows), len(weight.scale))
     for block, block_out in _blocks(_PRODUCT_ROWS, rows, out):
-        codes = torch.empty(block.shape, dtype=torch.uint8)
+        codes = block.new_empty(block.shape, dtype=torch.uint8)
         scales = [quantize(*part) for part in _blocks(weight.rows, block, codes)]
         _multiply(codes, zero_point, scales, weight, block_out)
-    return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[1])
+    return out.view(*x.shape[:-1], len(weight.scale))
 
 
 def dynamic_linear(
@@ -227,7 +234,7 @@ def codes_linear(
     rows = codes.reshape(-1, codes.shape[-1]).contiguous()
     unsigned = rows if rows.dtype == torch.uint8 else rows.view(torch.uint8) ^ 128
     zero = _offset(codes.dtype) + (0 if zero_point is None else int(zero_point))
-    prepared, out = _prepare(weight, weight_scale, bias), torch.empty(len(rows), len(weight), dtype=dtype)
+    prepared, out = _prepare(weight, weight_scale, bias), codes.new_empty(len(rows), len(weight), dtype=dtype)
     scales = scale.reshape(-1, 1).expand(len(rows), 1)
     for block, block_scale, block_out in _blocks(_PRODUCT_ROWS, unsigned, scales, out):
         _multiply(block, zero, torch.split(block_scale, prepared.rows), prepared, block_out)
