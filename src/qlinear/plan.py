@@ -22,12 +22,15 @@ class Plan:
     nbytes: int
 
 
-def make_plan(source: StreamedModel, scheme: Scheme, ignore: Sequence[str] | None) -> Plan:
+def make_plan(source: StreamedModel, scheme: Scheme | None, ignore: Sequence[str] | None) -> Plan:
     """Choose the linears of a model's blocks, and its output head, that no pattern of `ignore` matches.
 
-    ignore: names, globs, or `re:` patterns that match from the start; None for the output head alone. Raises
-    SchemeError if a pattern matches nothing, if nothing is left, or if the scheme does not fit a linear.
+    scheme: None chooses nothing, for smoothing alone. ignore: names, globs, or `re:` patterns that match from the
+    start; None for the output head alone. Raises SchemeError if a pattern matches nothing, if nothing is left, or if
+    the scheme does not fit a linear.
     """
+    if scheme is None:
+        return Plan(frozenset(), (), source.checkpoint.nbytes)
     patterns = [source.head_name] if ignore is None else list(ignore)
     linears = dict(quantizable(source))
     matched = {p: {name for name in linears if matches(p, name)} for p in patterns}
@@ -44,7 +47,9 @@ def make_plan(source: StreamedModel, scheme: Scheme, ignore: Sequence[str] | Non
         except SchemeError as error:
             raise SchemeError(f"{name}: {error}; or leave it out with --ignore {name}") from None
     every = [name for name, module in source.model.named_modules() if isinstance(module, nn.Linear)]
-    ignored = tuple(source.names.source_module(name) for name in every if name not in chosen)
+    # By both names where the file's and the model's differ: one engine looks for these, another for those.
+    left = [{name: None, source.names.source_module(name): None} for name in every if name not in chosen]
+    ignored = tuple(name for names in left for name in names)
     return Plan(chosen, ignored + unused_modules(source), _nbytes(source, scheme, chosen))
 
 
@@ -59,7 +64,10 @@ def quantizable(source: StreamedModel) -> Iterator[tuple[str, nn.Linear]]:
 def matches(pattern: str, name: str) -> bool:
     """Whether a name, glob, or `re:` pattern (from the start, as in compressed-tensors) means this module."""
     if pattern.startswith("re:"):
-        return re.match(pattern[3:], name) is not None
+        try:
+            return re.match(pattern[3:], name) is not None
+        except re.error as error:
+            raise SchemeError(f"{pattern!r} is no regular expression: {error}") from None
     return name == pattern or fnmatchcase(name, pattern)
 
 

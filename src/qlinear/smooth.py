@@ -92,10 +92,13 @@ class Smoothing:
     folded_into: dict[Weight, str] = field(default_factory=dict)
     changed: set[str] = field(default_factory=set)
 
-    def apply(self, weight: Weight, matrix: Tensor) -> Tensor:
-        """The smoothed weight (out, in), float32: diag(1/rows) · W · diag(columns)."""
+    def apply(self, weight: Weight, matrix: Tensor, kept: bool = True) -> Tensor:
+        """The smoothed weight (out, in), float32: diag(1/rows) · W · diag(columns).
+
+        kept: whether a vector that stays with the layer is multiplied in; a layer left in float does without.
+        """
         smoothed = matrix.float()
-        if weight in self.columns:
+        if weight in self.columns and (kept or weight not in self.migration):
             smoothed = smoothed * self.columns[weight]
         if weight in self.rows:
             smoothed = smoothed / self.rows[weight].unsqueeze(1)
@@ -159,15 +162,18 @@ def group_scale(
 ) -> Tensor:
     """The one smoothing vector of an input group: over its producer's channels, or its input's if it has none.
 
-    matrices: (out, in) per weight. absmax: (in,) per weight. Where several input channels carry one producer channel
-    (grouped-query attention repeats a value head) the largest of their statistics counts.
+    matrices: (out, in) per weight. absmax: (in,) per weight that saw tokens. Where several input channels carry one
+    producer channel (grouped-query attention repeats a value head) the largest of their statistics counts. A group
+    that saw no token at all, an idle expert's, has its weights evened out instead, around 1.
     """
     columns = {weight: weight_statistic([matrices[weight]]) for weight in group.weights}
     if group.fold is None:
-        a = torch.stack([absmax[weight] for weight in group.weights]).amax(0)
-        return smoothing_scale(a, torch.stack(list(columns.values())).amax(0), alpha)
-    size = group.fold.producer.size
-    readers = group.fold.readers
-    a = torch.stack([reader.gather(absmax[reader.weight], size) for reader in readers]).amax(0)
-    w = torch.stack([reader.gather(columns[reader.weight], size) for reader in readers]).amax(0)
-    return smoothing_scale(a, w, alpha)
+        w = torch.stack(list(columns.values())).amax(0)
+        seen = [absmax[weight] for weight in group.weights if weight in absmax]
+    else:
+        size, readers = group.fold.producer.size, group.fold.readers
+        w = torch.stack([reader.gather(columns[reader.weight], size) for reader in readers]).amax(0)
+        seen = [reader.gather(absmax[reader.weight], size) for reader in readers if reader.weight in absmax]
+    if not seen:
+        return smoothing_scale(torch.ones_like(w), w, alpha, normalize=True)
+    return smoothing_scale(torch.stack(seen).amax(0), w, alpha)

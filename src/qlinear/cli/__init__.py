@@ -1,11 +1,13 @@
 """The command line: each command is a typed function that calls one public function and shows what it gave."""
 
 import json
+import os
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Optional, cast
 
 import typer
 
@@ -20,6 +22,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+
+# What a shell reports for a process that Ctrl-C ended.
+_INTERRUPTED = 130
 
 Model = Annotated[str, typer.Argument(help="A checkpoint folder, a Hub id, or `demo` (the embedded model).")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
@@ -50,6 +55,13 @@ def quantize(
     out: Annotated[Path, typer.Argument(help="The folder to make.")],
     scheme: Annotated[str, typer.Option(help="What weights and activations become.")] = "w8a8",
     smooth: Annotated[str, typer.Option(help="SmoothQuant's alpha in [0, 1], or `off`.")] = "0.5",
+    migration_scale: Annotated[
+        str,
+        typer.Option(help="Which smoothing vectors stay with their layers: `unfolded`, `always`, `never`."),
+    ] = "unfolded",
+    format: Annotated[
+        str, typer.Option(help="`compressed-tensors`, `lmdeploy`, `awq` or `qlinear`.")
+    ] = "compressed-tensors",
     calibration: Annotated[
         str,
         typer.Option(help="Text: a .txt, .jsonl or .parquet file, a folder, a Hub id, `demo`, or `random`."),
@@ -76,9 +88,10 @@ def quantize(
 
     with Bars(quiet) as bars:
         result = run(
-            model, out, scheme, smooth=_alpha(smooth), calibration=calibration, samples=samples, seq_len=seq_len,
-            ignore=ignore, dtype=dtype, seed=seed, max_shard_size=_bytes(max_shard_size), overwrite=overwrite,
-            trust_remote_code=trust_remote_code, revision=revision, progress=bars.update,
+            model, out, scheme, smooth=_alpha(smooth), migration_scale=cast(Any, migration_scale), format=format,
+            calibration=calibration, samples=samples, seq_len=seq_len, ignore=ignore, dtype=dtype, seed=seed,
+            max_shard_size=_bytes(max_shard_size), overwrite=overwrite, trust_remote_code=trust_remote_code,
+            revision=revision, progress=bars.update,
         )  # fmt: skip
     _show(result, as_json, show_result)
 
@@ -193,16 +206,37 @@ def _bytes(text: str) -> int:
 
 def main() -> None:
     """Run the command line: 0 on success, 2 with one line for a mistake in what was given, 1 for a failure of ours."""
+    # Read when transformers is first imported, which is later; what is set outside is left as it is.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        sys.exit(_run())
+
+
+def _run() -> int:
+    """Run a command, and return what the process exits with."""
     try:
-        app()
+        code = app(standalone_mode=False)
     except QLinearError as error:
-        sys.exit(_say(str(error), 2))
-    except KeyboardInterrupt:
-        sys.exit(_say("stopped; what is finished stays as it is", 130))
+        return _say(str(error), 2)
+    except typer.TyperException as error:
+        return _say(_usage(error), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _INTERRUPTED
     except OSError as error:
-        sys.exit(_say(f"{error.strerror or error}: {error.filename or 'reading or writing failed'}", 1))
+        return _say(f"{error.strerror or error}: {error.filename or 'reading or writing failed'}", 1)
+    return _say("stopped; what is finished stays as it is", code) if code == _INTERRUPTED else code or 0
+
+
+def _usage(error: typer.TyperException) -> str:
+    """What is wrong with the arguments, and where their help is; nothing where the help has been shown already."""
+    message = error.format_message().rstrip(".")
+    context = getattr(error, "ctx", None)
+    return f"{message}; see {context.command_path} --help" if message and context else message
 
 
 def _say(message: str, code: int) -> int:
-    print(f"qlinear: {message}", file=sys.stderr)
+    if message:
+        print(f"qlinear: {' '.join(message.split())}", file=sys.stderr)
     return code

@@ -1,6 +1,7 @@
 """The orchestrator: what `qlinear quantize` and `qlinear.quantize` do, from validation to the model card.
 
 plan     what is quantized, and what is refused, before the first weight is read
+refusal  what is refused once weights are read, and that it leaves no trace
 loop     one visible loop over the blocks
 finish   what makes a folder of shards a checkpoint
 """
@@ -16,14 +17,15 @@ from typing import Literal
 import torch
 
 from ..checkpoint import Checkpoint, ShardWriter, clear, require_empty, require_space
-from ..checkpoint.compressed_tensors import quantization_config
+from ..checkpoint.layouts import get_layout
 from ..data import Source
 from ..errors import SchemeError
 from ..inputs import calibration_ids, open_model
 from ..plan import make_plan
 from ..scheme import Scheme, get_scheme
 from .finish import finish
-from .loop import Job, Layer, Progress
+from .loop import Job, Keep, Layer, Progress, Recipe
+from .refusal import leaving_no_trace, require_finite, require_floats
 
 __all__ = ["Layer", "Result", "quantize"]
 
@@ -47,6 +49,8 @@ def quantize(
     scheme: str | Scheme = "w8a8",
     *,
     smooth: float | Literal["off"] = 0.5,
+    migration_scale: Keep = "unfolded",
+    format: str = "compressed-tensors",
     calibration: Source = "demo",
     samples: int = 128,
     seq_len: int = 512,
@@ -61,40 +65,60 @@ def quantize(
 ) -> Result:
     """Quantize the linears of a checkpoint's decoder blocks, and write the result to a new folder.
 
-    model: a checkpoint folder, a Hub id, or "demo". out: the folder to make. scheme: a preset's name, or a Scheme.
-    smooth: alpha of SmoothQuant, or "off". calibration: text (a file, "demo", a Hub id, an iterable of strings),
-    "random", or token ids (n, seq_len). samples, seq_len: how much of it is used. ignore: patterns of linears to leave
-    in float; the output head if None. dtype: what the calibration computes in. progress: called with (stage, done,
-    total). Raises QLinearError, before any work, for whatever cannot be done; nothing is written then.
+    model: a checkpoint folder, a Hub id, or "demo". out: the folder to make. scheme: a preset's name, or a Scheme;
+    "none" smooths and rounds nothing. smooth: alpha of SmoothQuant, or "off". migration_scale: which smoothing vectors
+    stay with their layers, where `format` has a place for them: those that no producer can take ("unfolded"), all
+    ("always") or none ("never"). format: "compressed-tensors", "lmdeploy", "awq" or "qlinear". calibration: text (a
+    file, "demo", a Hub id, an iterable of strings), "random", or token ids (n, seq_len). samples, seq_len: how much of
+    it is used. ignore: patterns of linears to leave in float; the output head if None. dtype: what the calibration
+    computes in. progress: called with (stage, done, total).
+    Raises QLinearError, before any work, for whatever cannot be done; nothing is written then.
     """
     began = time.monotonic()
-    scheme, alpha, out = get_scheme(scheme), _alpha(smooth), Path(out)
+    wanted, alpha, out = None if scheme == "none" else get_scheme(scheme), _alpha(smooth), Path(out)
+    layout = get_layout(format)
+    keep = _kept(migration_scale, format, wanted)
     source = open_model(model, dtype, trust_remote_code, revision)
     source.checkpoint.require_unquantized()
     require_empty(out, overwrite, source.checkpoint.path)
-    plan = make_plan(source, scheme, ignore)
+    plan = make_plan(source, wanted, ignore)
+    require_floats(source, plan)
+    config = None if wanted is None else layout.quantization_config(wanted, plan.ignored)
     require_space(out, plan.nbytes)
-    tokens = None if alpha is None else calibration_ids(calibration, source, samples, seq_len, seed)
+    needs_data = alpha is not None or (wanted is not None and wanted.is_static)
+    tokens = calibration_ids(calibration, source, samples, seq_len, seed) if needs_data else None
+    require_finite(source, progress)
+    existed = out.is_dir()
     clear(out)
-    job = Job(source, ShardWriter(out, max_shard_size), scheme, plan.chosen, alpha, tokens, progress)
-    job.run()
+    writer = ShardWriter(out, max_shard_size)
+    job = Job(source, writer, Recipe(wanted, plan.chosen, alpha, layout, keep), tokens, progress)
+    with leaving_no_trace(writer, existed):
+        job.run()
     settings = {
-        "scheme": scheme.name, "smooth": smooth, "samples": 0 if tokens is None else len(tokens),
-        "seq_len": seq_len, "seed": seed, "dtype": str(source.dtype).removeprefix("torch."),
+        "scheme": "none" if wanted is None else wanted.name, "format": format, "smooth": smooth,
+        "migration_scale": keep, "samples": 0 if tokens is None else len(tokens),
+        "seq_len": seq_len if tokens is None else tokens.shape[1], "seed": seed,
+        "dtype": str(source.dtype).removeprefix("torch."),
     }  # fmt: skip
     record = {"settings": settings, "layers": [asdict(layer) for layer in job.layers]}
     untied = source.head_name in plan.chosen and source.model.config.tie_word_embeddings
-    finish(
-        out,
-        source.checkpoint,
-        quantization_config(dict.fromkeys(plan.chosen, scheme), plan.ignored),
-        untied,
-        record,
-    )
+    finish(out, source, config, untied, record)
     return Result(
         str(out), time.monotonic() - began, peak_rss(), Checkpoint.open(out).nbytes, source.checkpoint.nbytes,
         tuple(job.layers), tuple(job.warnings),
     )  # fmt: skip
+
+
+def _kept(migration_scale: Keep, format: str, scheme: Scheme | None) -> Keep:
+    """Which vectors stay with their layers, where the layout has a place for them."""
+    if migration_scale not in ("unfolded", "always", "never"):
+        raise SchemeError(f"migration_scale must be unfolded, always or never; got {migration_scale!r}")
+    has_place = format in ("qlinear", "lmdeploy") and scheme is not None
+    if migration_scale == "always" and not has_place:
+        raise SchemeError(
+            f"migration_scale 'always' needs a format that holds it, qlinear or lmdeploy; got {format!r}"
+        )
+    return migration_scale if has_place else "never"
 
 
 def _alpha(smooth: float | str) -> float | None:

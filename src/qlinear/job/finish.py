@@ -8,25 +8,32 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import Checkpoint, write_atomically
+from ..checkpoint import StreamedModel, write_atomically
 
 
 def finish(
     folder: Path,
-    source: Checkpoint,
+    source: StreamedModel,
     quantization_config: dict[str, Any] | None,
     untied: bool,
     record: Mapping[str, Any],
 ) -> None:
     """Copy what is not weights from the source, and write the card, `qlinear.json` and, last, config.json."""
-    for file in source.other_files():
+    checkpoint = source.checkpoint
+    for file in checkpoint.other_files():
         target = folder / file
         target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(source.path / file, target)
-    note = dict(record) | {"versions": versions()}
+        shutil.copyfile(checkpoint.path / file, target)
+    made_from = {
+        "name": source.name,
+        "total_size": checkpoint.nbytes,
+        "fingerprint": checkpoint.fingerprint(),
+    }
+    note = dict(record) | {"source": made_from, "versions": versions()}
+    config = result_config(checkpoint.config, quantization_config, untied)
     write_atomically(folder / "qlinear.json", _json(note))
     write_atomically(folder / "README.md", model_card(source, record).encode())
-    write_atomically(folder / "config.json", _json(result_config(source.config, quantization_config, untied)))
+    write_atomically(folder / "config.json", _json(config))
 
 
 def result_config(
@@ -49,11 +56,11 @@ def versions() -> dict[str, str]:
     return packages | {"python": platform.python_version()}
 
 
-def model_card(source: Checkpoint, record: Mapping[str, Any]) -> str:
+def model_card(source: StreamedModel, record: Mapping[str, Any]) -> str:
     """README.md: the base model and its licence, and what was done to it."""
-    head = _front_matter(source.path / "README.md")
-    base = source.config.get("_name_or_path") or source.path.name
-    lines = ["---", f"base_model: {base}", "base_model_relation: quantized", "tags: [quantized, qlinear]"]
+    head = _front_matter(source.checkpoint.path / "README.md")
+    base = source.checkpoint.config.get("_name_or_path") or source.name
+    lines = ["---", f"base_model: {json.dumps(base)}", "base_model_relation: quantized", "tags: [quantized, qlinear]"]
     lines += [
         f"{key}: {head[key]}"
         for key in ("license", "license_name", "license_link", "language")

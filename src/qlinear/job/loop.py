@@ -9,7 +9,7 @@ Everything that can be refused is refused before the first weight is read.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -18,17 +18,18 @@ from torch import Tensor, nn
 from ..algorithms import round_to_nearest
 from ..blocks import Lane, batches_of
 from ..calibrate import InputStats, absmax_of, calibrate
-from ..checkpoint import Checkpoint, ShardWriter, StreamedModel, compressed_tensors
-from ..checkpoint.layout import QuantizedLinear
+from ..checkpoint import Checkpoint, ShardWriter, StreamedModel
+from ..checkpoint.layout import Layout, QuantizedLinear
 from ..errors import StructureError
 from ..nn import QLinear
-from ..numerics import QuantizedTensor
-from ..scheme import Scheme
+from ..numerics import qparams_from_range
+from ..scheme import Scheme, TensorFormat
 from ..smooth import Smoothing, group_scale
 from ..structure import Fold, InputGroup, Producer, Weight, examine, find_groups
 
 Progress = Callable[[str, int, int], None]
 Migration = Literal["folded", "kept", "none"]
+Keep = Literal["unfolded", "always", "never"]
 
 # Tokens for experiments: many sequences of one token to find folds, a few real ones to prove them.
 _PROBE, _PROOF = 32, (2, 16)
@@ -51,6 +52,22 @@ class Layer:
     group: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What is done to the linears of a model.
+
+    scheme: of those in `chosen`, by their names; None to smooth alone. alpha: of smoothing, None for none. layout:
+    what the result is written as. migration_scale: which vectors stay with their layers: those that nothing can
+    take ("unfolded"), all ("always") or none ("never").
+    """
+
+    scheme: Scheme | None
+    chosen: frozenset[str]
+    alpha: float | None
+    layout: Layout
+    migration_scale: Keep = "never"
+
+
 @dataclass(slots=True)
 class Findings:
     """What calibration found of a block: statistics of its inputs, their groups, and the smoothing that follows."""
@@ -67,22 +84,19 @@ class Findings:
 class Job:
     """Quantizes the linears of a model's blocks; `run` is the loop.
 
-    chosen: names of the linears to quantize. alpha: of smoothing, None for none. tokens: the calibration set
-    (n, seq_len), None where nothing needs it.
+    recipe: what is done to each of them. tokens: the calibration set (n, seq_len), None where nothing needs it.
     """
 
     def __init__(
         self,
         source: StreamedModel,
         writer: ShardWriter,
-        scheme: Scheme,
-        chosen: frozenset[str],
-        alpha: float | None,
+        recipe: Recipe,
         tokens: Tensor | None,
         progress: Progress,
     ) -> None:
-        self.source, self.writer, self.scheme, self.chosen = source, writer, scheme, chosen
-        self.alpha, self.tokens, self.progress = alpha, tokens, progress
+        self.source, self.writer, self.recipe = source, writer, recipe
+        self.tokens, self.progress = tokens, progress
         self.layers: list[Layer] = []
         self.warnings: list[str] = []
         self._likely: Sequence[Fold] = ()
@@ -96,7 +110,7 @@ class Job:
                     self._write(block, Findings())
         else:
             self._run_calibrated(self.tokens)
-        if self.source.head_name in self.chosen:
+        if self.source.head_name in self.recipe.chosen:
             with self._loaded(self.source.head):
                 self._write(self.source.head, Findings())
         for name in self.source.checkpoint.tensors:
@@ -126,31 +140,34 @@ class Job:
         stats = calibrate(block, calibration, trace, self.source.name_of(block))
         probe.step()
         proof.step()
-        findings = Findings(stats, find_groups(trace, self._likely))
-        if self.alpha is not None:
-            self._smooth(block, findings, self.alpha)
+        folds = [] if self.recipe.migration_scale == "always" else self._likely
+        findings = Findings(stats, find_groups(trace, folds))
+        if self.recipe.alpha is not None:
+            self._smooth(block, findings, self.recipe.alpha)
         self._write(block, findings)
         smoothed.step()
 
     def _smooth(self, block: nn.Module, findings: Findings, alpha: float) -> None:
         # All vectors first, from the weights as they came: folding one changes what another would be computed from.
-        vectors = [
-            group_scale(
-                group,
-                {w: w.of(block) for w in group.weights},
-                absmax_of(findings.stats, group.weights),
-                alpha,
-            )
-            for group in findings.groups
-        ]
+        vectors = [self._vector(block, group, findings.stats, alpha) for group in findings.groups]
         for group, s in zip(findings.groups, vectors, strict=True):
             if group.fold is not None:
                 findings.smoothing.fold(block, group.fold, s, self._stored(block, group.fold.producer))
+            elif self.recipe.migration_scale != "never":
+                for weight in group.weights:
+                    findings.smoothing.keep(weight, s)
             else:
                 names = ", ".join(
                     _join(self.source.name_of(block), weight.module) for weight in group.weights
                 )
                 self.warnings.append(f"{names}: nothing can take the smoothing, left unsmoothed")
+
+    def _vector(
+        self, block: nn.Module, group: InputGroup, stats: Mapping[Weight, InputStats], alpha: float
+    ) -> Tensor:
+        """The smoothing vector of a group, from its weights that saw tokens; ones if none did."""
+        matrices = {weight: weight.of(block) for weight in group.weights}
+        return group_scale(group, matrices, absmax_of(stats, group.weights), alpha)
 
     def _stored(self, block: nn.Module, producer: Producer) -> torch.dtype:
         """The dtype in which the file holds what a fold changes."""
@@ -160,39 +177,38 @@ class Job:
     def _write(self, block: nn.Module, findings: Findings) -> None:
         """Round what was chosen, and write the block: codes, what smoothing changed, and the rest as it was."""
         prefix, smoothing = self.source.name_of(block), findings.smoothing
-        changed: dict[str, Tensor] = {name: block.get_parameter(name) for name in smoothing.changed}
-        for name, linear in block.named_modules():
-            if not isinstance(linear, nn.Linear):
-                continue
-            weight = Weight(_join(name, "weight"))
-            matrix = smoothing.apply(weight, linear.weight.detach())
-            if _join(prefix, name) in self.chosen:
-                self._quantize(_join(prefix, name), weight, matrix, findings)
+        changed = set(smoothing.changed)
+        for weight in _weights(block, findings):
+            name, matrix = _join(prefix, weight.module), weight.of(block).detach()
+            is_chosen = weight.index is None and name in self.recipe.chosen
+            if is_chosen:
+                self._quantize(name, weight, smoothing.apply(weight, matrix), findings)
             elif smoothing.touches(weight):
-                changed[weight.name] = matrix
+                changed.add(weight.name)
             if smoothing.touches(weight):
-                linear.weight.data.copy_(matrix)
-        self._write_float({_join(prefix, name): tensor for name, tensor in changed.items()})
+                matrix.copy_(smoothing.apply(weight, matrix, kept=False))
+        self._write_float({_join(prefix, name): block.get_parameter(name) for name in changed})
 
     def _quantize(self, name: str, weight: Weight, matrix: Tensor, findings: Findings) -> None:
-        quantized = round_to_nearest(matrix, self.scheme, name)
-        held = QuantizedLinear(self.scheme, quantized)
-        for key, tensor in compressed_tensors.pack(self.source.names.source_module(name), held).items():
+        scheme, smoothing, stats = self.recipe.scheme, findings.smoothing, findings.stats.get(weight)
+        assert scheme is not None
+        quantized = round_to_nearest(matrix, scheme, name)
+        held = QuantizedLinear(scheme, quantized, migration_scale=smoothing.migration.get(weight))
+        columns = smoothing.columns.get(weight, torch.ones((), device=matrix.device))
+        if stats is not None and scheme.is_static and scheme.activation is not None:
+            scale, zero_point = input_qparams(stats.min / columns, stats.max / columns, scheme.activation)
+            held = replace(held, input_scale=scale, input_zero_point=zero_point)
+        for key, tensor in self.recipe.layout.pack(self.source.names.source_module(name), held).items():
             self.writer.add(key, tensor)
         self._written |= set(self.source.names.sources(f"{name}.weight"))
-        smoothing, x = findings.smoothing, None
-        if weight in findings.stats:
-            x = findings.stats[weight].sample.float() / smoothing.columns.get(weight, torch.ones(()))
+        error = output_error(matrix, held, None if stats is None else stats.sample.float() / columns)
+        self.layers.append(self._layer(name, error, weight, findings))
+
+    def _layer(self, name: str, error: float, weight: Weight, findings: Findings) -> Layer:
         block = name.removesuffix(weight.module)
-        home, leader = smoothing.folded_into.get(weight), findings.leader(weight)
-        layer = Layer(
-            name,
-            output_error(matrix, quantized, self.scheme, x),
-            "none" if home is None else "folded",
-            None if home is None else block + home,
-            None if leader is None else block + leader.module,
-        )
-        self.layers.append(layer)
+        taken, leader = findings.smoothing.folded_into.get(weight), findings.leader(weight)
+        where: Migration = "kept" if weight in findings.smoothing.migration else "folded" if taken else "none"
+        return Layer(name, error, where, taken and block + taken, block + leader.module if leader else None)
 
     def _write_float(self, changed: Mapping[str, Tensor]) -> None:
         """Write parameters in the dtype that the source holds them in, under the source's names."""
@@ -209,12 +225,22 @@ def micro_batches(tokens: Tensor) -> list[dict[str, Any]]:
     return [*batches_of(probe, _PROBE), *batches_of(proof, len(proof)) * 2, *batches_of(tokens, size)]
 
 
-def output_error(matrix: Tensor, quantized: QuantizedTensor, scheme: Scheme, x: Tensor | None) -> float:
-    """Relative error of a quantized linear's output on x (tokens, in); of its weight (out, in) if there is no x."""
+def input_qparams(low: Tensor, high: Tensor, activation: TensorFormat) -> tuple[Tensor, Tensor | None]:
+    """The one static scale (1,) and zero point (1,) of an input, from each channel's extremes (in,)."""
+    return qparams_from_range(low.amin().reshape(1), high.amax().reshape(1), activation)
+
+
+def output_error(matrix: Tensor, held: QuantizedLinear, x: Tensor | None) -> float:
+    """Relative error of a quantized linear's output on x (tokens, in); of its weight (out, in) if there is no x.
+
+    x: what the layer's codes multiply: already divided by any smoothing vector.
+    """
     if x is None:
-        exact, actual = matrix, quantized.dequantize()
+        exact, actual = matrix, held.weight.dequantize()
     else:
-        layer = QLinear.from_quantized(quantized, None, scheme)
+        layer = QLinear.from_quantized(held.weight, None, held.scheme)
+        if held.input_scale is not None:
+            layer.input_scale, layer.input_zero_point = held.input_scale, held.input_zero_point
         exact, actual = x @ matrix.T, layer(x)
     norm = float(exact.norm())
     return float((actual - exact).norm()) / norm if norm else 0.0
@@ -232,6 +258,12 @@ def require_agreement(original: Lane, smoothed: Lane, checkpoint: Checkpoint) ->
             f"the smoothed model's output differs from the original's by {difference:.2g} (at most {limit:.2g} is "
             "rounding): nothing was finished; quantize with --smooth off, and please report the architecture"
         )
+
+
+def _weights(block: nn.Module, findings: Findings) -> list[Weight]:
+    """All that multiplies in a block, as far as is known: what was seen to, and every `nn.Linear`."""
+    linears = [Weight(_join(name, "weight")) for name, m in block.named_modules() if isinstance(m, nn.Linear)]
+    return list(dict.fromkeys([*(weight for group in findings.groups for weight in group.weights), *linears]))
 
 
 def _join(prefix: str, name: str) -> str:
