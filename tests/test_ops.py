@@ -106,7 +106,9 @@ def test_the_layer_on_codes_is_the_integer_formula_in_float32(
     x = codes(tuple(layer.x.shape), layer.generator, dtype)
     scale = torch.rand(x.shape[0], 1, generator=layer.generator) if per_token else torch.tensor([0.3])
     zero_point = torch.tensor([3], dtype=dtype) if zeros else None
-    y = ops.codes_linear(x, scale, zero_point, layer.weight, layer.weight_scale, layer.bias, torch.float32)
+    y = ops.codes_linear(
+        x, scale, zero_point, layer.weight, layer.weight_scale, None, layer.bias, torch.float32
+    )
     acc = int64_accumulator(x, 3 if zeros else 0, layer.weight)
     expected = acc.float() * layer.weight_scale.t() * scale
     assert torch.equal(y, expected if layer.bias is None else expected + layer.bias.float())
@@ -180,7 +182,7 @@ for rows, width, out in ((1, 2600, 65), (40, 4096, 64), (300, 515, 33)):
     w = torch.where(torch.rand(out, width, generator=g) < 0.5, -128, 127).to(torch.int8)
     x[0], w[0] = 127, -128
     scale = torch.rand(out, 1, generator=g)
-    y = ops.codes_linear(x, torch.ones(1), None, w, scale, None, torch.float32)
+    y = ops.codes_linear(x, torch.ones(1), None, w, scale, None, None, torch.float32)
     assert torch.equal(y, (x.long() @ w.long().t()).float() * scale.t()), (rows, width, out)
 print(cpu.is_exact())
 """
@@ -205,16 +207,19 @@ def test_without_onednn_the_reference_takes_over(monkeypatch: pytest.MonkeyPatch
 
 def samples(kernel: str) -> tuple[object, ...]:
     x, weight = torch.randn(3, 16), torch.randint(-128, 128, (6, 16), dtype=torch.int8)
-    scale, bias = torch.rand(6, 1), torch.randn(6)
+    scale, bias, zero = torch.rand(6, 1), torch.randn(6), torch.tensor([3], dtype=torch.int8)
+    on_codes = (weight[:3].clone(), torch.rand(3, 1), None, weight, scale, None, bias)
     return {
         "dynamic_linear": (x, weight, scale, torch.rand(16) + 0.5, bias, True),
-        "static_linear": (x, weight, scale, None, bias, torch.tensor([0.1]), torch.tensor([3], dtype=torch.uint8)),
-        "codes_linear": (
-            weight[:3].clone(), torch.rand(3, 1), None, weight, scale, None, torch.bfloat16
-        ),
-    }[kernel]  # fmt: skip
+        "static_linear": (x, weight, scale, None, bias, torch.tensor([0.1]), zero),
+        "codes_linear": (*on_codes, torch.bfloat16),
+        "requantized_linear": (*on_codes, torch.tensor([0.5]), zero),
+    }[kernel]
 
 
-@pytest.mark.parametrize("kernel", ["dynamic_linear", "static_linear", "codes_linear"])
+KERNELS = ["dynamic_linear", "static_linear", "codes_linear", "requantized_linear"]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_operators_are_registered_as_torch_wants_them(kernel: str) -> None:
     torch.library.opcheck(getattr(torch.ops.qlinear, kernel).default, samples(kernel))

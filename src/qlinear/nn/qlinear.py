@@ -228,12 +228,20 @@ class QLinear(nn.Module):
         return dequantize(self.weight, self.weight_scale, self.weight_zero_point, self.scheme.weight)
 
     def forward(self, x: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-        """x (*, in), or (codes (*, in), scale (*, 1)) → y (*, out)."""
+        """x (*, in), or (codes (*, in), scale (*, 1)) → y (*, out).
+
+        The gradient of x is the float layer's, straight through the rounding; the layer itself has none.
+        """
         if isinstance(x, tuple):
             return self._forward_codes(*x)
         self._check(x)
         if not self._is_integer:
             return self._forward_plain(x)
+        if x.requires_grad and torch.is_grad_enabled():
+            return _StraightThrough.apply(x, self)  # type: ignore[no-untyped-call,no-any-return]
+        return self._forward_integer(x)
+
+    def _forward_integer(self, x: Tensor) -> Tensor:
         layer = (x, self.weight, self.weight_scale, self.migration_scale, self.bias)
         if self.input_scale is not None:
             return ops.static_linear(*layer, self.input_scale, self.input_zero_point)
@@ -247,7 +255,9 @@ class QLinear(nn.Module):
                 f"scheme {self.scheme.name!r} takes no codes as input; give it the float tensor"
             )
         self._check_shape(codes)
-        return ops.codes_linear(codes, scale, None, self.weight, self.weight_scale, self.bias, self.dtype)
+        return ops.codes_linear(
+            codes, scale, None, self.weight, self.weight_scale, None, self.bias, self.dtype
+        )
 
     def _forward_plain(self, x: Tensor) -> Tensor:
         """Dequantize and multiply: right for every scheme, and the only way for those without a kernel."""
@@ -263,10 +273,15 @@ class QLinear(nn.Module):
     def _round_input(self, x: Tensor, activation: TensorFormat) -> Tensor:
         scale, zero_point = self.input_scale, self.input_zero_point
         if scale is None:
-            scale, zero_point = choose_qparams(x, activation)
-        return dequantize(quantize(x, scale, zero_point, activation), scale, zero_point, activation)
+            scale, zero_point = choose_qparams(x.detach(), activation)
+        rounded = dequantize(
+            quantize(x.detach(), scale, zero_point, activation), scale, zero_point, activation
+        )
+        return x + (rounded - x).detach() if x.requires_grad else rounded
 
     def _check(self, x: Tensor) -> None:
+        if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+            return  # a trace records tensors, and warns of every question that Python asks about them
         if not x.is_floating_point():
             raise QLinearError(
                 f"input must be a floating point tensor; got {x.dtype} (codes go in as a pair with their scale)"
@@ -321,6 +336,21 @@ class QLinear(nn.Module):
             )
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """An integer layer forward, the float layer that it stands for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QLinear) -> Tensor:
+        """y (*, out) of x (*, in)."""
+        ctx.layer, ctx.dtype = layer, x.dtype
+        return layer._forward_integer(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """The gradient of x: that of y times W."""
+        return (grad.float() @ ctx.layer.dequantize()).to(ctx.dtype), None
 
 
 def _input_range(

@@ -19,16 +19,12 @@ def _like_input(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def _of_dtype(
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    return codes.new_empty(*codes.shape[:-1], weight.shape[0], dtype=dtype)
+def _like_codes(codes: Tensor, scale: Tensor, zero_point: Tensor | None, weight: Tensor, *_: Any) -> Tensor:
+    return codes.new_empty(*codes.shape[:-1], weight.shape[0])
+
+
+def _of_dtype(codes: Tensor, scale: Tensor, zero_point: Tensor | None, weight: Tensor, *rest: Any) -> Tensor:
+    return _like_codes(codes, scale, zero_point, weight).to(rest[-1])
 
 
 def _register(schema: str, cpu_kernel: Callable[..., Any], any_kernel: Callable[..., Any], fake: Any) -> Any:
@@ -55,12 +51,28 @@ static_linear: Callable[..., Tensor] = _register(
     reference.static_linear,
     _like_input,
 )
+_CODES = (
+    "(Tensor codes, Tensor scale, Tensor? zero_point, Tensor weight, Tensor weight_scale, "
+    "Tensor? weight_zero_point, Tensor? bias, "
+)
 codes_linear: Callable[..., Tensor] = _register(
-    "codes_linear(Tensor codes, Tensor scale, Tensor? zero_point, Tensor weight, Tensor weight_scale, "
-    "Tensor? bias, ScalarType dtype) -> Tensor",
+    f"codes_linear{_CODES}ScalarType dtype) -> Tensor",
     cpu.codes_linear,
     reference.codes_linear,
     _of_dtype,
 )
+requantized_linear: Callable[..., Tensor] = _register(
+    f"requantized_linear{_CODES}Tensor out_scale, Tensor out_zero_point) -> Tensor",
+    cpu.requantized_linear,
+    reference.requantized_linear,
+    _like_codes,
+)
 
-__all__ = ["codes_linear", "dynamic_linear", "static_linear"]
+
+def prepack(weight: Tensor) -> None:
+    """Do the layout work for weight codes (out, in) int8 now; it is remembered while the tensor lives unchanged."""
+    if weight.device.type == "cpu":
+        cpu.prepack(weight)
+
+
+__all__ = ["codes_linear", "dynamic_linear", "prepack", "requantized_linear", "static_linear"]

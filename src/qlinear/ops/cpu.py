@@ -109,7 +109,7 @@ def _blocks(rows: int, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
 
 
 def _round(x: Tensor, zero_point: int, codes: Tensor) -> None:
-    """codes = uint8(round(x) + zero_point), for results from 0 to 255; x is overwritten."""
+    """codes = round(x) + zero_point, for results in the range of the codes' dtype; x is overwritten."""
     if zero_point == 128:
         x.add_(_ROUNDING_TO_128)
     else:
@@ -137,6 +137,10 @@ def _quantize_static(
     return input_scale
 
 
+# Writes float32 results (M, out), which it may overwrite, into the output.
+_Store = Callable[[Tensor, Tensor], None]
+
+
 class _Weight(NamedTuple):
     packed: Tensor
     scale: Tensor  # (out,)
@@ -152,12 +156,18 @@ def _prepare(weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> _Weig
     return _Weight(packed_once(weight), scale, None if bias is None else bias.float(), rows)
 
 
-def _multiply(codes: Tensor, zero_point: int, scales: Iterable[Tensor], weight: _Weight, out: Tensor) -> None:
-    """out (M, out) = product * scale + bias; `scales` has one tensor for every `weight.rows` rows."""
+def _multiply(
+    codes: Tensor, zero_point: int, scales: Iterable[Tensor], weight: _Weight, out: Tensor, store: _Store
+) -> None:
+    """out (M, out) = store(product * scale + bias); `scales` has one tensor for every `weight.rows` rows."""
     product = _product(codes, zero_point, weight.packed, weight.scale)
     for (values, y), scale in zip(_blocks(weight.rows, product, out), scales, strict=True):
         values.mul_(scale)
-        y.copy_(values if weight.bias is None else values.add_(weight.bias))
+        store(values if weight.bias is None else values.add_(weight.bias), y)
+
+
+def _cast(values: Tensor, y: Tensor) -> None:
+    y.copy_(values)
 
 
 def _linear(
@@ -169,7 +179,7 @@ def _linear(
     for block, block_out in _blocks(_PRODUCT_ROWS, rows, out):
         codes = block.new_empty(block.shape, dtype=torch.uint8)
         scales = [quantize(*part) for part in _blocks(weight.rows, block, codes)]
-        _multiply(codes, zero_point, scales, weight, block_out)
+        _multiply(codes, zero_point, scales, weight, block_out, _cast)
     return out.view(*x.shape[:-1], len(weight.scale))
 
 
@@ -218,24 +228,75 @@ def _offset(dtype: torch.dtype) -> int:
     return 0 if dtype == torch.uint8 else 128
 
 
+def _codes_linear(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    weight: _Weight,
+    dtype: torch.dtype,
+    store: _Store,
+) -> Tensor:
+    """The layer over blocks of codes (*, in), in `dtype` as `store` writes it."""
+    rows = codes.reshape(-1, codes.shape[-1]).contiguous()
+    unsigned = rows if rows.dtype == torch.uint8 else rows.view(torch.uint8) ^ 128
+    zero = _offset(codes.dtype) + (0 if zero_point is None else int(zero_point))
+    out = codes.new_empty(len(rows), len(weight.scale), dtype=dtype)
+    scales = scale.reshape(-1, 1).expand(len(rows), 1)
+    for block, block_scale, block_out in _blocks(_PRODUCT_ROWS, unsigned, scales, out):
+        _multiply(block, zero, torch.split(block_scale, weight.rows), weight, block_out, store)
+    return out.view(*codes.shape[:-1], out.shape[1])
+
+
+def _takes(zero_point: Tensor | None, weight: Tensor, weight_zero_point: Tensor | None) -> bool:
+    """Whether oneDNN has the product: one zero point for all codes, none for weights."""
+    return weight_zero_point is None and (zero_point is None or zero_point.numel() == 1) and _is_fast(weight)
+
+
 def codes_linear(
     codes: Tensor,
     scale: Tensor,
     zero_point: Tensor | None,
     weight: Tensor,
     weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
     """`reference.codes_linear`, bit for bit."""
-    per_token = zero_point is not None and zero_point.numel() != 1
-    if per_token or not _is_fast(weight):
-        return reference.codes_linear(codes, scale, zero_point, weight, weight_scale, bias, dtype)
-    rows = codes.reshape(-1, codes.shape[-1]).contiguous()
-    unsigned = rows if rows.dtype == torch.uint8 else rows.view(torch.uint8) ^ 128
-    zero = _offset(codes.dtype) + (0 if zero_point is None else int(zero_point))
-    prepared, out = _prepare(weight, weight_scale, bias), codes.new_empty(len(rows), len(weight), dtype=dtype)
-    scales = scale.reshape(-1, 1).expand(len(rows), 1)
-    for block, block_scale, block_out in _blocks(_PRODUCT_ROWS, unsigned, scales, out):
-        _multiply(block, zero, torch.split(block_scale, prepared.rows), prepared, block_out)
-    return out.view(*codes.shape[:-1], len(weight))
+    if not _takes(zero_point, weight, weight_zero_point):
+        return reference.codes_linear(
+            codes, scale, zero_point, weight, weight_scale, weight_zero_point, bias, dtype
+        )
+    return _codes_linear(codes, scale, zero_point, _prepare(weight, weight_scale, bias), dtype, _cast)
+
+
+def requantized_linear(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    bias: Tensor | None,
+    out_scale: Tensor,
+    out_zero_point: Tensor,
+) -> Tensor:
+    """`reference.requantized_linear`, bit for bit."""
+    if not _takes(zero_point, weight, weight_zero_point):
+        return reference.requantized_linear(
+            codes, scale, zero_point, weight, weight_scale, weight_zero_point, bias, out_scale, out_zero_point
+        )
+    low, high = torch.iinfo(codes.dtype).min, torch.iinfo(codes.dtype).max
+    zero = int(out_zero_point)
+
+    def store(values: Tensor, y: Tensor) -> None:
+        # Whole numbers bound the range, so clamping first is the same; the lowest byte is the code, signed or not.
+        _round(values.div_(out_scale).clamp_(low - zero, high - zero), zero, y)
+
+    return _codes_linear(codes, scale, zero_point, _prepare(weight, weight_scale, bias), codes.dtype, store)
+
+
+def prepack(weight: Tensor) -> None:
+    """Pack a weight now, so that the first call need not."""
+    if _is_fast(weight):
+        packed_once(weight)

@@ -70,22 +70,47 @@ def codes_linear(
     zero_point: Tensor | None,
     weight: Tensor,
     weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
     """The layer on activation codes.
 
     codes: (*, in) int8 or uint8. scale, zero_point: (*, 1) per token or (1,) per tensor. weight: (out, in) int8.
-    weight_scale: (out, 1) or (1,) float32. bias: (out,). Returns (*, out) in `dtype`.
+    weight_scale, weight_zero_point: (out, 1) or (1,). bias: (out,). Returns (*, out) in `dtype`.
     """
     rows = codes.reshape(-1, codes.shape[-1])
     acc = int_matmul(rows, weight)
     if zero_point is not None:
         acc -= zero_point.reshape(-1, 1).int() * weight.sum(1, dtype=torch.int32)
+    if weight_zero_point is not None:
+        inputs = rows.sum(1, dtype=torch.int32)
+        if zero_point is not None:
+            inputs = inputs - zero_point.reshape(-1).int() * rows.shape[1]
+        acc -= inputs[:, None] * weight_zero_point.reshape(-1).int()
     y = acc.float().mul_(weight_scale.reshape(-1)).mul_(scale.reshape(-1, 1))
     if bias is not None:
         y += bias
     return y.to(dtype).view(*codes.shape[:-1], weight.shape[0])
+
+
+def requantized_linear(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    bias: Tensor | None,
+    out_scale: Tensor,
+    out_zero_point: Tensor,
+) -> Tensor:
+    """`codes_linear`, rounded to codes of the input's dtype: clamp(round(y / out_scale) + out_zero_point).
+
+    out_scale: (1,) float32. out_zero_point: (1,) in the codes' dtype.
+    """
+    y = codes_linear(codes, scale, zero_point, weight, weight_scale, weight_zero_point, bias, torch.float32)
+    return quantize(y, out_scale, out_zero_point, static_format(out_zero_point))
 
 
 def dynamic_linear(
@@ -98,7 +123,7 @@ def dynamic_linear(
 ) -> Tensor:
     """The whole layer with a scale per token: quantize x (*, in), then `codes_linear`, in x's dtype."""
     codes, scale, zero_point = quantize_tokens(x, migration_scale, symmetric)
-    return codes_linear(codes, scale, zero_point, weight, weight_scale, bias, x.dtype)
+    return codes_linear(codes, scale, zero_point, weight, weight_scale, None, bias, x.dtype)
 
 
 def static_linear(
@@ -112,4 +137,4 @@ def static_linear(
 ) -> Tensor:
     """The whole layer with one calibrated input scale (1,): quantize x (*, in), then `codes_linear`."""
     codes = quantize_static(x, migration_scale, input_scale, input_zero_point)
-    return codes_linear(codes, input_scale, input_zero_point, weight, weight_scale, bias, x.dtype)
+    return codes_linear(codes, input_scale, input_zero_point, weight, weight_scale, None, bias, x.dtype)
