@@ -16,7 +16,7 @@ from torch import Tensor
 from .blocks import Lane, Lanes, batches_of
 from .checkpoint import StreamedModel
 from .data import Source
-from .errors import DataError
+from .errors import DataError, NumericsError
 from .inputs import evaluation_ids, open_model
 
 Progress = Callable[[str, int, int], None]
@@ -79,7 +79,7 @@ def compare(
     with ExitStack() as stack, torch.no_grad():
         crowds = [stack.enter_context(at_heads(each, batches, progress)) for each in models]
         for i, batch in enumerate(batches):
-            logits = [_logits(crowd[i]) for crowd in crowds]
+            logits = [_logits(crowd[i], each) for crowd, each in zip(crowds, models, strict=True)]
             scores.append(score(batch["input_ids"], *logits))
             progress("comparing outputs", i + 1, len(batches))
     return _summary(scores)
@@ -101,12 +101,21 @@ def at_heads(
             yield lanes
 
 
-def _logits(lane: Lane) -> Tensor:
-    """Let the lane run to its end, and take its logits (batch, seq_len, vocabulary)."""
+def _logits(lane: Lane, model: StreamedModel) -> Tensor:
+    """Let the lane run to its end, and take its logits (batch, seq_len, vocabulary).
+
+    Raises NumericsError if none of a token's is a number. Minus infinity is one: it is how models rule a token out.
+    """
     while lane.call is not None:
         lane.step()
     output, lane.output = lane.output, None
     logits: Tensor = output.logits
+    bad = int((~logits.amax(-1).isfinite()).sum())
+    if bad:
+        wider = "" if model.dtype == torch.float32 else ": run it in a wider dtype with --dtype float32"
+        raise NumericsError(
+            f"the logits of {model.name} reached NaN or infinity at {bad} of {logits[..., 0].numel()} tokens{wider}"
+        )
     return logits
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from .data import load_tokenizer
+from .data import check_length, load_tokenizer
+from .errors import DataError
 from .inputs import load, open_checkpoint
 
 
@@ -20,12 +21,18 @@ def generate(
 ) -> str:
     """The text with which a checkpoint, quantized or not, most likely continues a prompt (greedy).
 
-    Raises QLinearError if the model cannot be loaded or has no tokenizer.
+    Raises QLinearError if the model cannot be loaded or has no tokenizer, or for more tokens than it takes.
     """
     tokenizer = load_tokenizer(open_checkpoint(model, revision).path, trust_remote_code=trust_remote_code)
     loaded: Any = load(model, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     length = inputs["input_ids"].shape[1]
+    if not length:
+        raise DataError("the prompt has no tokens: give a text to continue")
+    try:
+        check_length(loaded.config, length + max_new_tokens)
+    except DataError as error:
+        raise DataError(f"prompt of {length} tokens, max_new_tokens {max_new_tokens}: {error}") from None
     with torch.no_grad():
         ids = loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True)
     return str(tokenizer.decode(ids[0, length:], skip_special_tokens=True))

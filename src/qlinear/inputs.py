@@ -27,7 +27,9 @@ def open_model(
     revision: str | None = None,
 ) -> StreamedModel:
     """A checkpoint as a model that is ready to be streamed; nothing but headers has been read."""
-    return StreamedModel(open_checkpoint(model, revision), parse_dtype(dtype), trust_remote_code)
+    # A path is called by its last part; `demo` and Hub ids by themselves, not by the folder that they lead to.
+    name = Path(model).name if Path(model).is_dir() else str(model)
+    return StreamedModel(open_checkpoint(model, revision), parse_dtype(dtype), trust_remote_code, name)
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

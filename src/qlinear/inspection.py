@@ -18,7 +18,7 @@ from .checkpoint import Checkpoint, StreamedModel, TensorInfo, skeleton
 from .checkpoint.header import DTYPE_NAMES
 from .checkpoint.streamed import quantization_config
 from .inputs import open_checkpoint
-from .plan import make_plan, quantizable
+from .plan import make_plan, quantizable, replaced_bytes
 from .scheme import Scheme, get_scheme
 from .structure import sketch
 
@@ -67,13 +67,14 @@ def inspect(
     model: a checkpoint folder, a Hub id, "demo", a config.json, or a folder with nothing else. scheme, ignore: what to
     plan for, where nothing is quantized yet. Raises QLinearError.
     """
-    source = StreamedModel(_with_or_without_weights(model, revision), torch.float32, trust_remote_code)
+    found = _with_or_without_weights(model, revision, trust_remote_code)
+    source = StreamedModel(found, torch.float32, trust_remote_code)
     if quantization_config(source.checkpoint) is not None:
         return _finished(source)
     return _planned(source, get_scheme(scheme), ignore)
 
 
-def _with_or_without_weights(model: str | Path, revision: str | None) -> Checkpoint:
+def _with_or_without_weights(model: str | Path, revision: str | None, trust_remote_code: bool) -> Checkpoint:
     path = Path(model)
     config = path if path.is_file() else path / "config.json"
     bare = (
@@ -81,12 +82,14 @@ def _with_or_without_weights(model: str | Path, revision: str | None) -> Checkpo
         and not any(config.parent.glob("*.safetensors*"))
         and not any(config.parent.glob("*.bin*"))
     )
-    return imagined_checkpoint(config) if path.is_file() or bare else open_checkpoint(model, revision)
+    if path.is_file() or bare:
+        return imagined_checkpoint(config, trust_remote_code)
+    return open_checkpoint(model, revision)
 
 
-def imagined_checkpoint(config: Path) -> Checkpoint:
+def imagined_checkpoint(config: Path, trust_remote_code: bool = False) -> Checkpoint:
     """The checkpoint that a config describes, with every tensor in its place but nothing in the file."""
-    model = skeleton(config)
+    model = skeleton(config, trust_remote_code=trust_remote_code)
     tensors, seen = {}, set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
@@ -128,11 +131,7 @@ def _planned_linear(
     if scheme is not None:
         scales = scheme.weight.scale_shape((out_features, in_features))
         codes = out_features * in_features * scheme.weight.bits // 8
-        after += (
-            codes
-            + 4 * prod(scales)
-            - sum(source.checkpoint.info(s).nbytes for s in source.names.sources(weight))
-        )
+        after += codes + 4 * prod(scales) - replaced_bytes(source, name)
     migration: Migration = "folded" if folded_into and scheme else "none"
     return LinearInfo(
         name, (out_features, in_features), scheme.name if scheme else None, scales, before, after, group, migration,
@@ -148,15 +147,20 @@ def _bytes_of(source: StreamedModel, name: str) -> int:
 
 def _finished(source: StreamedModel) -> Inspection:
     """What a quantized checkpoint says of itself."""
-    note = source.checkpoint.path / "qlinear.json"
-    layers = json.loads(note.read_text())["layers"] if note.is_file() else []
-    told = {layer["name"]: layer for layer in layers}
-    linears = tuple(_finished_linear(source, name, told.get(name, {})) for name, _ in quantizable(source))
-    before = source.checkpoint.nbytes + sum(info.bytes_before - info.bytes_after for info in linears)
+    file = source.checkpoint.path / "qlinear.json"
+    note = json.loads(file.read_text()) if file.is_file() else {}
+    told = {layer["name"]: layer for layer in note.get("layers", [])}
+    # What other tools made does not say what it was made from: the config's dtype then stands for the source's.
+    dtype = skeleton(source.checkpoint.path, trust_remote_code=source.trust_remote_code).dtype
+    linears = tuple(
+        _finished_linear(source, name, told.get(name, {}), dtype.itemsize) for name, _ in quantizable(source)
+    )
+    grown = sum(info.bytes_before - info.bytes_after for info in linears)
+    before = note.get("source", {}).get("total_size", source.checkpoint.nbytes + grown)
     return Inspection(linears, before, source.checkpoint.nbytes)
 
 
-def _finished_linear(source: StreamedModel, name: str, told: Mapping[str, Any]) -> LinearInfo:
+def _finished_linear(source: StreamedModel, name: str, told: Mapping[str, Any], itemsize: int) -> LinearInfo:
     out_features, in_features = source.model.get_parameter(f"{name}.weight").shape
     scheme = source.schemes.get(name)
     after = before = _bytes_of(source, name)
@@ -164,8 +168,7 @@ def _finished_linear(source: StreamedModel, name: str, told: Mapping[str, Any]) 
     if scheme is not None:
         scales = scheme.weight.scale_shape((out_features, in_features))
         bias = source.checkpoint.tensors.get(f"{source.names.source_module(name)}.bias")
-        width = torch.finfo(skeleton(source.checkpoint.path).dtype).bits // 8
-        before = out_features * in_features * width + (bias.nbytes if bias else 0)
+        before = out_features * in_features * itemsize + (bias.nbytes if bias else 0)
     return LinearInfo(
         name, (out_features, in_features), scheme.name if scheme else None, scales, before, after,
         told.get("group"), told.get("migration", "none"), told.get("folded_into"),

@@ -84,5 +84,11 @@ def _nbytes(source: StreamedModel, scheme: Scheme, chosen: frozenset[str]) -> in
     for name in chosen:
         shape = tuple(source.model.get_parameter(f"{name}.weight").shape)
         codes = prod(shape) * scheme.weight.bits // 8 + 4 * prod(scheme.weight.scale_shape(shape))
-        total += codes - sum(source.checkpoint.info(s).nbytes for s in source.names.sources(f"{name}.weight"))
+        total += codes - replaced_bytes(source, name)
     return total
+
+
+def replaced_bytes(source: StreamedModel, name: str) -> int:
+    """Of what a quantized weight takes the place of in the file: nothing for a tied head, whose embedding stays."""
+    own = source.checkpoint.tensors.get(f"{source.names.source_module(name)}.weight")
+    return own.nbytes if own else 0

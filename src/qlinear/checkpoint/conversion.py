@@ -93,14 +93,20 @@ class NameMap:
     def source_module(self, module_name: str) -> str:
         """Where the file keeps a linear layer: `<this>.weight` is its weight there, so scales go beside it.
 
-        Raises CheckpointError where the weight is not one tensor of the file.
+        Of a layer whose weight is another's (a tied output head) it is where its own would be. Raises
+        CheckpointError where the weight is not one tensor of the file.
         """
-        recipe = self._recipes[self._key[f"{module_name}.weight"]]
+        weight = f"{module_name}.weight"
+        owner = self._key[weight]
+        recipe = self._recipes[owner]
         if recipe.converter is not None:
             raise CheckpointError(
                 f"{module_name} is made from {', '.join(recipe.sources)}: it has no name there"
             )
-        return recipe.sources[0].removesuffix(".weight")
+        source = recipe.sources[0]
+        if owner != weight:
+            source = source.removesuffix(owner) + weight if source.endswith(owner) else weight
+        return source.removesuffix(".weight")
 
     def to_sources(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Parameters, by the model's names, as tensors of the file, by the file's: conversions reversed.

@@ -26,16 +26,21 @@ class StreamedModel:
     """The causal language model of a checkpoint, with all parameters on meta until asked for.
 
     checkpoint: where they come from. dtype: what it computes in; None leaves the file's own dtype, except on
-    processors that only emulate it, where float32 is several times faster. blocks: its decoder blocks by name.
+    processors that only emulate it, where float32 is several times faster. name: what to call it, by default the
+    folder's name. blocks: its decoder blocks by name.
     head: the output head, and head_name. schemes: of the linears that the checkpoint holds quantized.
     Raises CheckpointError if the model cannot be built or lacks tensors.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype | None = None,
+        trust_remote_code: bool = False,
+        name: str | None = None,
     ) -> None:
         self.checkpoint, self.trust_remote_code = checkpoint, trust_remote_code
-        self.name = checkpoint.path.name
+        self.name = name or checkpoint.path.name
         self.model = skeleton(checkpoint.path, dtype, trust_remote_code=trust_remote_code)
         self.dtype = dtype or compute_dtype(self.model.dtype)
         if self.dtype != self.model.dtype:

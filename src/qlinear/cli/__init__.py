@@ -225,7 +225,7 @@ def _run() -> int:
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
     except OSError as error:
-        return _say(f"{error.strerror or error}: {error.filename or 'reading or writing failed'}", 1)
+        return _say(f"{error.strerror or error}: {error.filename or 'reading or writing failed'}", 2)
     return _say("stopped; what is finished stays as it is", code) if code == _INTERRUPTED else code or 0
 
 

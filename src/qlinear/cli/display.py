@@ -1,12 +1,28 @@
 """What a person sees: bars on stderr while work goes on, tables on stdout when it is done."""
 
+import re
 import sys
 import time
+from collections.abc import Sequence
+from itertools import groupby, takewhile
 from types import TracebackType
 
+from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.measure import Measurement
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 from ..evaluation import Evaluation
 from ..inspection import Inspection
@@ -14,6 +30,18 @@ from ..job import Result
 
 _WORST = 10
 _LINE_EVERY = 5.0
+# Characters that the last column of a table always has, however narrow the terminal.
+_LEAST = 12
+
+
+class _Rate(ProgressColumn):
+    """Steps per second, or seconds per step where they are slow."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        if not speed:
+            return Text("")
+        return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each")
 
 
 class Bars:
@@ -28,7 +56,8 @@ class Bars:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TimeRemainingColumn(True),
+            _Rate(),
+            TimeRemainingColumn(compact=True),
         )
         self._progress = Progress(*columns, console=console, disable=quiet or self._lines)
 
@@ -59,22 +88,23 @@ class Bars:
 
 def show_result(result: Result) -> None:
     """The summary of a job: what it made, from how much, and which layers it hurt most."""
-    console = Console()
-    folded = sum(layer.migration == "folded" for layer in result.layers)
-    summary = _table("", "", title=f"[bold]{result.out}[/bold]")
-    summary.add_row("linears quantized", f"{len(result.layers)}  ({folded} smoothed)")
+    smoothed = sum(layer.migration != "none" for layer in result.layers)
+    summary = _table("", "", title=f"[bold]{escape(result.out)}[/bold]")
+    summary.add_row("linears quantized", f"{len(result.layers)}  ({smoothed} smoothed)")
     share = result.total_size / result.source_size
     summary.add_row("size", f"{_size(result.source_size)} → {_size(result.total_size)}  ({share:.0%})")
     summary.add_row("time", f"{result.seconds:.1f} s")
     summary.add_row("peak memory", _size(result.peak_rss_bytes))
-    console.print(summary)
-    worst = _table("layer", "output error", "smoothing", title=f"the {_WORST} that lost most")
-    for layer in sorted(result.layers, key=lambda layer: -layer.error)[:_WORST]:
-        where = f"folded into {layer.folded_into}" if layer.folded_into else layer.migration
-        worst.add_row(layer.name, f"{layer.error:.2%}", where)
-    console.print(worst)
+    _print(summary)
+    worst = sorted(result.layers, key=lambda layer: -layer.error)[:_WORST]
+    if worst:
+        table = _table("layer", "output error", "smoothing", title=f"the {len(worst)} that lost most")
+        for layer in worst:
+            where = _home(layer.name, layer.migration, layer.folded_into)
+            table.add_row(escape(layer.name), f"{layer.error:.2%}", where)
+        _print(table)
     for warning in result.warnings:
-        console.print(f"[yellow]note:[/yellow] {warning}")
+        Console().print(f"[yellow]note:[/yellow] {escape(warning)}", highlight=False)
 
 
 def show_evaluation(evaluation: Evaluation) -> None:
@@ -89,33 +119,80 @@ def show_evaluation(evaluation: Evaluation) -> None:
         table.add_row("KL divergence, 99th percentile", f"{evaluation.kl_p99:.6f}", "")
         table.add_row("same most likely token", f"{evaluation.top1_agreement:.2%}", "")
     table.add_row("tokens", f"{evaluation.tokens}", "")
-    Console().print(table)
+    _print(table)
 
 
 def show_inspection(inspection: Inspection) -> None:
-    """Every linear, and the totals."""
-    console = Console()
+    """Every linear under the block that it is in, and the totals."""
     table = _table("linear", "shape", "scheme", "scales", "before", "after", "smoothing")
-    for linear in inspection.linears:
-        where = f"folded into {linear.folded_into}" if linear.folded_into else linear.migration
-        table.add_row(
-            linear.name, "×".join(map(str, linear.shape)), linear.scheme or "float",
-            "×".join(map(str, linear.scale_shape)), _size(linear.bytes_before), _size(linear.bytes_after), where,
-        )  # fmt: skip
-    console.print(table)
+    for block, linears in groupby(inspection.linears, lambda linear: _block(linear.name)):
+        if block:
+            table.add_row(f"[bold]{escape(block)}[/bold]")
+        for linear in linears:
+            name = linear.name.removeprefix(f"{block}.")
+            table.add_row(
+                f"  {escape(name)}" if block else f"[bold]{escape(name)}[/bold]", _shape(linear.shape),
+                linear.scheme or "float", _shape(linear.scale_shape), _size(linear.bytes_before),
+                _size(linear.bytes_after), _home(f"{block}.", linear.migration, linear.folded_into, ""),
+            )  # fmt: skip
+    _print(table)
     before, after = inspection.total_size_before, inspection.total_size
-    console.print(f"all tensors: {before:,} → {after:,} bytes ({after / before:.0%})")
+    Console().print(f"all tensors: {before:,} → {after:,} bytes ({after / before:.0%})", highlight=False)
+
+
+def _block(name: str) -> str:
+    """The block that a linear is in: its name up to the first number, empty for what is in none."""
+    found = re.match(r"(.*?\.\d+)\.", name)
+    return found[1] if found else ""
+
+
+def _home(name: str, migration: str, folded_into: str | None, verb: str = "folded into ") -> str:
+    """Where a layer's smoothing lives; the module that took it by its name relative to the layer's."""
+    if folded_into is None:
+        return migration
+    pairs = takewhile(
+        lambda pair: pair[0] == pair[1], zip(name.split("."), folded_into.split("."), strict=False)
+    )
+    return verb + escape(".".join(folded_into.split(".")[len(list(pairs)) :]))
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape))
 
 
 def _table(*headers: str, title: str | None = None) -> Table:
-    table = Table(title=title, title_justify="left", show_header=any(headers))
+    """A table in which nothing is cut: where the terminal is narrow, the last column folds, and no other."""
+    table = Table(
+        title=title,
+        title_justify="left",
+        show_header=any(headers),
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+    )
     for i, header in enumerate(headers):
-        table.add_column(header, justify="left" if i == 0 else "right")
+        is_last = i == len(headers) - 1
+        table.add_column(
+            header,
+            justify="right" if 0 < i < len(headers) - 1 else "left",
+            no_wrap=not is_last,
+            overflow="fold",
+        )
     return table
+
+
+def _print(table: Table) -> None:
+    """Print a table at the terminal's width, or wider if that would cut a name: terminals wrap lines by themselves."""
+    console = Console()
+    unfolded = Measurement.get(console, console.options.update(max_width=10**4), table).minimum
+    last = max(console.measure(cell).minimum for cell in table.columns[-1].cells)
+    console.width = max(console.width, unfolded - max(0, last - _LEAST))
+    console.print(table)
 
 
 def _size(nbytes: int) -> str:
     for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if nbytes >= scale:
-            return f"{nbytes / scale:.2f} {unit}"
+            return f"{nbytes / scale:.3g} {unit}" if nbytes < 1000 * scale else f"{nbytes / scale:.0f} {unit}"
     return f"{nbytes} B"

@@ -60,7 +60,12 @@ def model_card(source: StreamedModel, record: Mapping[str, Any]) -> str:
     """README.md: the base model and its licence, and what was done to it."""
     head = _front_matter(source.checkpoint.path / "README.md")
     base = source.checkpoint.config.get("_name_or_path") or source.name
-    lines = ["---", f"base_model: {json.dumps(base)}", "base_model_relation: quantized", "tags: [quantized, qlinear]"]
+    lines = [
+        "---",
+        f"base_model: {json.dumps(base)}",
+        "base_model_relation: quantized",
+        "tags: [quantized, qlinear]",
+    ]
     lines += [
         f"{key}: {head[key]}"
         for key in ("license", "license_name", "license_link", "language")
