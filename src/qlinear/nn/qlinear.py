@@ -259,6 +259,38 @@ class QLinear(nn.Module):
             codes, scale, None, self.weight, self.weight_scale, None, self.bias, self.dtype
         )
 
+    def forward_static(self, codes: Tensor) -> Tensor:
+        """The layer on codes (*, in) in its own static input scale and zero point, as `requantized` gives them."""
+        scale, zero_point = self._static_qparams()
+        self._check_shape(codes)
+        return ops.codes_linear(
+            codes, scale, zero_point, self.weight, self.weight_scale, None, self.bias, self.dtype
+        )
+
+    def requantized(self, x: Tensor, consumer: "QLinear") -> Tensor:
+        """The output as codes (*, out) for a layer that reads it: no float output in between.
+
+        x: float (*, in). Both layers need static activations; raises SchemeError where they have none, or where the
+        consumer divides its input by a migration scale, which codes of one scale cannot hold.
+        """
+        self._check(x)
+        scale, zero_point = self._static_qparams()
+        out_scale, out_zero_point = consumer._static_qparams()
+        if consumer.migration_scale is not None:
+            raise SchemeError("the consumer divides its input by a migration scale: give it the float output")
+        codes = ops.quantize_static(x, self.migration_scale, scale, zero_point)
+        if out_zero_point is None:
+            out_zero_point = torch.zeros(1, dtype=torch.int8, device=self.device)
+        layer = (self.weight, self.weight_scale, None, self.bias)
+        return ops.requantized_linear(codes, scale, zero_point, *layer, out_scale, out_zero_point)
+
+    def _static_qparams(self) -> tuple[Tensor, Tensor | None]:
+        if self.input_scale is None or not self._is_integer:
+            raise SchemeError(
+                f"scheme {self.scheme.name!r} has no static input scale: chains need static int8 layers"
+            )
+        return self.input_scale, self.input_zero_point
+
     def _forward_plain(self, x: Tensor) -> Tensor:
         """Dequantize and multiply: right for every scheme, and the only way for those without a kernel."""
         activation = self.scheme.activation

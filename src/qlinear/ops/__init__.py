@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu, reference
+from . import cpu, producers, reference
+from .reference import quantize_static
 
 _LIBRARY = torch.library.Library("qlinear", "DEF")  # type: ignore[no-untyped-call]
 
@@ -25,6 +26,11 @@ def _like_codes(codes: Tensor, scale: Tensor, zero_point: Tensor | None, weight:
 
 def _of_dtype(codes: Tensor, scale: Tensor, zero_point: Tensor | None, weight: Tensor, *rest: Any) -> Tensor:
     return _like_codes(codes, scale, zero_point, weight).to(rest[-1])
+
+
+def _codes_and_scale(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    codes = torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
+    return codes, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
 
 
 def _register(schema: str, cpu_kernel: Callable[..., Any], any_kernel: Callable[..., Any], fake: Any) -> Any:
@@ -67,6 +73,32 @@ requantized_linear: Callable[..., Tensor] = _register(
     reference.requantized_linear,
     _like_codes,
 )
+_Pair = tuple[Tensor, Tensor]
+quantize_tokens: Callable[..., _Pair] = _register(
+    "quantize_tokens(Tensor x, Tensor? migration_scale) -> (Tensor, Tensor)",
+    producers.quantize_tokens,
+    producers.quantize_tokens,
+    _codes_and_scale,
+)
+rms_norm_quantize: Callable[..., _Pair] = _register(
+    "rms_norm_quantize(Tensor x, Tensor weight, float eps, Tensor? migration_scale) -> (Tensor, Tensor)",
+    producers.rms_norm_quantize,
+    producers.rms_norm_quantize,
+    _codes_and_scale,
+)
+layer_norm_quantize: Callable[..., _Pair] = _register(
+    "layer_norm_quantize(Tensor x, Tensor weight, Tensor? bias, float eps, Tensor? migration_scale) "
+    "-> (Tensor, Tensor)",
+    producers.layer_norm_quantize,
+    producers.layer_norm_quantize,
+    _codes_and_scale,
+)
+silu_mul_quantize: Callable[..., _Pair] = _register(
+    "silu_mul_quantize(Tensor gate, Tensor up, Tensor? migration_scale) -> (Tensor, Tensor)",
+    producers.silu_mul_quantize,
+    producers.silu_mul_quantize,
+    _codes_and_scale,
+)
 
 
 def prepack(weight: Tensor) -> None:
@@ -75,4 +107,15 @@ def prepack(weight: Tensor) -> None:
         cpu.prepack(weight)
 
 
-__all__ = ["codes_linear", "dynamic_linear", "prepack", "requantized_linear", "static_linear"]
+__all__ = [
+    "codes_linear",
+    "dynamic_linear",
+    "layer_norm_quantize",
+    "prepack",
+    "quantize_static",
+    "quantize_tokens",
+    "requantized_linear",
+    "rms_norm_quantize",
+    "silu_mul_quantize",
+    "static_linear",
+]

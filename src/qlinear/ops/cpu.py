@@ -108,7 +108,14 @@ def _blocks(rows: int, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     return zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)
 
 
-def _round(x: Tensor, zero_point: int, codes: Tensor) -> None:
+def blocks_in_cache(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """The tensors (*, n) as matrices; on CPUs, so many rows of each at a time that float32 copies stay in cache."""
+    rows = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
+    count = max(1, _CHUNK // max(1, rows[0].shape[1])) if rows[0].is_cpu else max(1, rows[0].shape[0])
+    return _blocks(count, *rows)
+
+
+def store_rounded(x: Tensor, zero_point: int, codes: Tensor) -> None:
     """codes = round(x) + zero_point, for results in the range of the codes' dtype; x is overwritten."""
     if zero_point == 128:
         x.add_(_ROUNDING_TO_128)
@@ -123,7 +130,7 @@ def _quantize_tokens(x: Tensor, migration_scale: Tensor | None, codes: Tensor) -
     """Rows of x (M, in) → codes (M, in) uint8 around 128; returns their scale (M, 1)."""
     values = reference.migrate(x, migration_scale)
     scale = scale_from_absmax(values.abs().amax(1, keepdim=True), reference.TOKEN_INT8)
-    _round(values / scale, 128, codes)
+    store_rounded(values / scale, 128, codes)
     return scale
 
 
@@ -133,7 +140,7 @@ def _quantize_static(
     """Rows of x (M, in) → codes (M, in) uint8 around `zero_point`; returns the scale (1,) they share."""
     values = reference.migrate(x, migration_scale) / input_scale
     # Both ends are whole numbers, so clamping before rounding is the same as after.
-    _round(values.clamp_(-zero_point, 255 - zero_point), zero_point, codes)
+    store_rounded(values.clamp_(-zero_point, 255 - zero_point), zero_point, codes)
     return input_scale
 
 
@@ -291,7 +298,7 @@ def requantized_linear(
 
     def store(values: Tensor, y: Tensor) -> None:
         # Whole numbers bound the range, so clamping first is the same; the lowest byte is the code, signed or not.
-        _round(values.div_(out_scale).clamp_(low - zero, high - zero), zero, y)
+        store_rounded(values.div_(out_scale).clamp_(low - zero, high - zero), zero, y)
 
     return _codes_linear(codes, scale, zero_point, _prepare(weight, weight_scale, bias), codes.dtype, store)
 
