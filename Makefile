@@ -13,6 +13,7 @@ BIN := .venv/bin
 
 demo: .venv/stamp ## the main job on the embedded model, ending with a table of what it cost
 	$(BIN)/qlinear quantize demo build/demo-w8a8 --overwrite
+	$(BIN)/qlinear evaluate build/demo-w8a8 --reference demo
 
 test: .venv/stamp
 	$(BIN)/python -m pytest
