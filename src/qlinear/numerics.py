@@ -41,7 +41,7 @@ def _tiles(x: Tensor, fmt: TensorFormat) -> tuple[Tensor, tuple[int, ...]]:
     return padded.reshape(*x.shape[:-2], height // rows, rows, width // columns, columns), (-3, -1)
 
 
-def _per_element(scale: Tensor, fmt: TensorFormat, shape: torch.Size) -> Tensor:
+def per_element(scale: Tensor, fmt: TensorFormat, shape: torch.Size) -> Tensor:
     """A scale or zero point, shaped to broadcast against (or match) a tensor of `shape`."""
     if fmt.granularity in ("tensor", "channel", "token"):
         return scale
@@ -100,11 +100,11 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: TensorFor
     Raises nothing for NaN: callers check inputs with `require_finite`, which can name the tensor.
     """
     low, high = fmt.code_range
-    codes = x.float() / _per_element(scale, fmt, x.shape)
+    codes = x.float() / per_element(scale, fmt, x.shape)
     if not fmt.is_float:
         codes.round_()
     if zero_point is not None:
-        codes += _per_element(zero_point, fmt, x.shape)
+        codes += per_element(zero_point, fmt, x.shape)
     return codes.clamp_(low, high).to(fmt.storage)
 
 
@@ -112,8 +112,8 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: Ten
     """(codes - zero_point) * scale in float32, the shape of `codes`."""
     x = codes.float()
     if zero_point is not None:
-        x -= _per_element(zero_point, fmt, codes.shape).float()
-    return x.mul_(_per_element(scale, fmt, codes.shape))
+        x -= per_element(zero_point, fmt, codes.shape).float()
+    return x.mul_(per_element(scale, fmt, codes.shape))
 
 
 @dataclass(frozen=True, slots=True)

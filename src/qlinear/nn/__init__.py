@@ -1,7 +1,18 @@
-"""Modules: the quantized linear layer where `torch.nn.Linear` stood, and the norms before it."""
+"""Modules: the quantized linear layer where `torch.nn.Linear` stood, the norms before it, and its training."""
 
+from .fake_quant import FakeQuantLinear, convert, fake_quantize, prepare
 from .norms import QLayerNorm, QRMSNorm, silu_mul_quantize
 from .qlinear import QLinear
 from .ranges import input_range
 
-__all__ = ["QLayerNorm", "QLinear", "QRMSNorm", "input_range", "silu_mul_quantize"]
+__all__ = [
+    "FakeQuantLinear",
+    "QLayerNorm",
+    "QLinear",
+    "QRMSNorm",
+    "convert",
+    "fake_quantize",
+    "input_range",
+    "prepare",
+    "silu_mul_quantize",
+]
