@@ -1,0 +1,61 @@
+"""The unit of the algorithms: the weights that read one tensor, and what is known of that tensor.
+
+q, k and v read the same input, as gate and up do: whatever is derived from the input (its second moments and their
+factorization, a smoothing vector) is derived once for all of them. Plain tensors and a scheme, nothing of the model.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..numerics import choose_qparams, dequantize, qparams_from_range, quantize
+from ..scheme import Scheme
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Weights that read one tensor x (tokens, in), and statistics of x; all float32 but the codes to come.
+
+    weights: by name, each (out_i, in). low, high, absmean: (in,), the least, the greatest and the mean magnitude of
+    each channel of x. sample: some tokens of x (n, in). moment: the mean of x xᵀ over all tokens (in, in), None where
+    no algorithm asks for it. scale_dtype: what the weights' scales are rounded to before codes are chosen.
+    """
+
+    weights: Mapping[str, Tensor]
+    scheme: Scheme
+    low: Tensor
+    high: Tensor
+    absmean: Tensor
+    sample: Tensor
+    moment: Tensor | None = None
+    scale_dtype: torch.dtype = torch.float32
+
+    @property
+    def absmax(self) -> Tensor:
+        """The largest magnitude of each channel of x (in,)."""
+        return torch.maximum(self.high, -self.low)
+
+    def smoothed(self, s: Tensor) -> "Group":
+        """The same group after x is divided by s (in,) and the columns of its weights are multiplied by it."""
+        return replace(
+            self,
+            weights={name: weight * s for name, weight in self.weights.items()},
+            low=self.low / s,
+            high=self.high / s,
+            absmean=self.absmean / s,
+            sample=self.sample / s,
+            moment=None if self.moment is None else self.moment / s / s.unsqueeze(1),
+        )
+
+    def quantized_sample(self) -> Tensor:
+        """The sample (n, in) as the layer will see it: through the codes of the scheme's activations, if it has any."""
+        fmt = self.scheme.activation
+        if fmt is None:
+            return self.sample
+        if fmt.dynamic:
+            scale, zero_point = choose_qparams(self.sample, fmt)
+        else:
+            scale, zero_point = qparams_from_range(self.low.min().view(1), self.high.max().view(1), fmt)
+        return dequantize(quantize(self.sample, scale, zero_point, fmt), scale, zero_point, fmt)

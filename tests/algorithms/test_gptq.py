@@ -1,0 +1,244 @@
+"""GPTQ: against a transcription of the paper, and never above round to nearest."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qlinear.algorithms.gptq import factorize, gptq, row_losses
+from qlinear.errors import NumericsError, SchemeError
+from qlinear.numerics import quantize_tensor
+from qlinear.scheme import Scheme, TensorFormat
+
+SCHEMES = [
+    Scheme("int8", TensorFormat("int8", "channel")),
+    Scheme("int4", TensorFormat("int4", "group", group_size=16)),
+    Scheme("int4-asym", TensorFormat("int4", "group", group_size=16, symmetric=False)),
+    Scheme("int4-channel", TensorFormat("int4", "channel")),
+    Scheme("fp8-block", TensorFormat("float8_e4m3fn", "block", block_size=(8, 16))),
+    Scheme("int8-tensor", TensorFormat("int8", "tensor")),
+]
+every_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
+
+
+def inputs(seed: int, columns: int, rank: int, tokens: int = 256, spread: float = 1.0) -> Tensor:
+    """Tokens (tokens, columns) that live near a subspace, with channels of sizes 10^-spread to 10^spread."""
+    generator = torch.Generator().manual_seed(seed)
+    low = torch.randn(tokens, rank, generator=generator) @ torch.randn(rank, columns, generator=generator)
+    x = low + 0.1 * rank**0.5 * torch.randn(tokens, columns, generator=generator)
+    return x * 10.0 ** (spread * (2 * torch.rand(columns, generator=generator) - 1))
+
+
+def moment_of(x: Tensor) -> Tensor:
+    return x.T @ x / len(x)
+
+
+def weight_of(seed: int, rows: int, columns: int) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed + 1))
+
+
+def true_loss(weight: Tensor, quantized: Tensor, x: Tensor) -> Tensor:
+    """Mean squared output error of each row, in float64: another way than the code under test."""
+    return (x.double() @ (weight.double() - quantized.double()).T).square().mean(0)
+
+
+@every_scheme
+@settings(max_examples=15)
+@given(
+    seed=st.integers(0, 2**31),
+    rows=st.integers(1, 20),
+    tiles=st.integers(1, 4),
+    tokens=st.integers(1, 300),
+    spread=st.floats(0, 2),
+)
+def test_it_is_never_above_round_to_nearest(
+    scheme: Scheme, seed: int, rows: int, tiles: int, tokens: int, spread: float
+) -> None:
+    x = inputs(seed, 16 * tiles, rank=4, tokens=tokens, spread=spread)
+    weight = weight_of(seed, rows, 16 * tiles)
+    result = gptq(weight, scheme, moment_of(x), factorize(moment_of(x)))
+    ours = true_loss(weight, result.weight.dequantize(), x)
+    nearest = true_loss(weight, quantize_tensor(weight, scheme.weight).dequantize(), x)
+    rounding = 1e-5 * nearest.sum() + 1e-6 * moment_of(x).trace()
+    assert float(ours.sum()) <= float(nearest.sum() + rounding)
+    assert result.loss == pytest.approx(float(ours.sum()), rel=1e-3, abs=float(rounding))
+    assert result.rtn_loss == pytest.approx(float(nearest.sum()), rel=1e-3, abs=float(rounding))
+    assert result.loss <= result.rtn_loss
+
+
+@every_scheme
+@pytest.mark.parametrize("seed", range(4))
+def test_with_correlated_inputs_it_loses_less_than_half_of_what_round_to_nearest_loses(
+    scheme: Scheme, seed: int
+) -> None:
+    x = inputs(seed, 192, rank=24, tokens=1000)
+    weight = weight_of(seed, 64, 192)
+    result = gptq(weight, scheme, moment_of(x), factorize(moment_of(x)))
+    ours = true_loss(weight, result.weight.dequantize(), x).sum()
+    nearest = true_loss(weight, quantize_tensor(weight, scheme.weight).dequantize(), x).sum()
+    assert ours < 0.5 * nearest
+
+
+def paper(
+    weight: Tensor, moment: Tensor, order: Tensor, step: Tensor, zero: Tensor, damping: float
+) -> tuple[Tensor, Tensor]:
+    """Algorithm 1 of Frantar et al. with an inverse, unblocked, float64: int4 codes, and their targets, in `order`."""
+    w, h = weight.double()[:, order].clone(), moment.double()[order][:, order]
+    step, zero = step.double()[:, order], zero.double()[:, order]
+    h = h + damping * torch.diag(h.diagonal())
+    upper = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
+    codes, exact = torch.zeros_like(w), torch.zeros_like(w)
+    for k in range(len(order)):
+        exact[:, k] = w[:, k] / step[:, k]
+        codes[:, k] = (exact[:, k].round() + zero[:, k]).clamp(-8, 7)
+        error = (w[:, k] - (codes[:, k] - zero[:, k]) * step[:, k]) / upper[k, k]
+        w[:, k:] -= error.unsqueeze(1) * upper[k, k:]
+    return codes, exact
+
+
+@pytest.mark.parametrize("scheme", SCHEMES[1:3], ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize("columns", [32, 96, 208])
+def test_its_codes_are_those_of_the_paper(scheme: Scheme, columns: int) -> None:
+    x = inputs(3, columns, rank=8, tokens=600, spread=0.3)
+    weight, moment = weight_of(3, 40, columns), moment_of(x)
+    factor = factorize(moment)
+    assert factor is not None
+    result = gptq(weight, scheme, moment, factor, grid="extremes")
+    assert result.rows_kept == 0
+    found = result.weight
+    zero = torch.zeros_like(found.scale) if found.zero_point is None else found.zero_point
+    step, zero = (per_group.repeat_interleave(16, 1) for per_group in (found.scale, zero))
+    expected, exact = paper(weight, moment, factor.order, step, zero, 0.01)
+    # Where float64 sees the middle between two codes, to float32's error, either is right, and what follows in
+    # that row follows from the choice.
+    differs = found.codes[:, factor.order] != expected
+    undecided = ((exact - exact.floor()) - 0.5).abs() < 1e-3
+    assert bool((differs.cumsum(1) <= differs.numel() * undecided.cumsum(1)).all())
+    assert float(differs.any(1).float().mean()) < 0.2
+
+
+def test_the_factor_multiplies_out_to_the_damped_moment() -> None:
+    moment = moment_of(inputs(0, 60, rank=6, spread=3.0))
+    moment[7], moment[:, 7] = 0, 0
+    factor = factorize(moment)
+    assert factor is not None
+    unit = factor.upper.triu(1).double() + torch.eye(60).double()
+    product = unit @ factor.pivots.double().diag() @ unit.T
+    damped = moment.double() + factor.damping * moment.double().diagonal().diag()
+    damped[7, 7] = factor.damping
+    size = damped.diagonal().sqrt()[factor.order]
+    expected = damped[factor.order][:, factor.order] / size / size.unsqueeze(1)
+    torch.testing.assert_close(product / size / size.unsqueeze(1), expected, rtol=0, atol=1e-5)
+    assert bool((moment.diagonal()[factor.order].diff() <= 0).all())
+
+
+def test_channels_that_were_always_zero_are_rounded_to_nearest() -> None:
+    x = inputs(5, 64, rank=4)
+    x[:, 10:20] = 0
+    weight, scheme = weight_of(5, 24, 64), SCHEMES[0]
+    result = gptq(weight, scheme, moment_of(x), factorize(moment_of(x)), grid="extremes")
+    nearest = quantize_tensor(weight, scheme.weight)
+    assert torch.equal(result.weight.codes[:, 10:20], nearest.codes[:, 10:20])
+    assert not torch.equal(result.weight.codes, nearest.codes)
+
+
+@every_scheme
+def test_an_input_that_was_always_zero_gives_round_to_nearest(scheme: Scheme) -> None:
+    weight = weight_of(1, 16, 32)
+    moment = torch.zeros(32, 32)
+    result = gptq(weight, scheme, moment, factorize(moment), grid="extremes")
+    assert torch.equal(result.weight.codes.float(), quantize_tensor(weight, scheme.weight).codes.float())
+    assert result.loss == result.rtn_loss == 0
+
+
+def test_damping_grows_until_it_is_enough_and_is_reported() -> None:
+    moment = moment_of(inputs(0, 32, rank=4))
+    # Second moments that no inputs have, as rounding in a narrow dtype can leave them.
+    vectors, values = torch.linalg.eigh(
+        moment / moment.diagonal().sqrt() / moment.diagonal().sqrt().unsqueeze(1)
+    )[::-1]
+    values[0] = -0.05
+    indefinite = vectors @ values.diag() @ vectors.T
+    factor = factorize(indefinite / 2 + indefinite.T / 2)
+    assert factor is not None
+    assert factor.damping == pytest.approx(0.1)
+
+
+def test_moments_beyond_repair_are_said_to_be_so() -> None:
+    moment = torch.eye(32) - 3 * (1 - torch.eye(32))
+    assert factorize(moment) is None
+    weight = weight_of(0, 8, 32)
+    result = gptq(weight, SCHEMES[0], moment, None)
+    assert result.fell_back
+    assert result.rows_kept == 8
+    assert torch.equal(result.weight.codes, quantize_tensor(weight, SCHEMES[0].weight).codes)
+
+
+def test_damping_does_not_depend_on_the_sizes_of_channels() -> None:
+    x = inputs(2, 48, rank=6, spread=0.0)
+    order = torch.arange(48)
+    size = 2.0 ** torch.randint(-8, 8, (48,), generator=torch.Generator().manual_seed(0))
+    plain, sized = factorize(moment_of(x)), factorize(moment_of(x * size))
+    assert plain is not None
+    assert sized is not None
+    assert torch.equal(order, sized.order.sort().values)
+    assert plain.damping == sized.damping
+
+
+@every_scheme
+def test_the_same_input_gives_the_same_codes(scheme: Scheme) -> None:
+    x, weight = inputs(1, 96, rank=8), weight_of(1, 33, 96)
+    first, second = (gptq(weight, scheme, moment_of(x), factorize(moment_of(x))) for _ in range(2))
+    assert torch.equal(first.weight.codes.float(), second.weight.codes.float())
+    assert torch.equal(first.weight.scale, second.weight.scale)
+    assert first.loss == second.loss
+
+
+@every_scheme
+@settings(max_examples=10)
+@given(rows=st.integers(1, 5), tiles=st.integers(1, 3))
+def test_any_shape_comes_back_as_it_went_in(scheme: Scheme, rows: int, tiles: int) -> None:
+    columns = 16 * tiles
+    weight, moment = weight_of(0, rows, columns), moment_of(inputs(0, columns, rank=2))
+    found = gptq(weight, scheme, moment, factorize(moment), scale_dtype=torch.bfloat16).weight
+    low, high = scheme.weight.code_range
+    assert found.codes.shape == weight.shape
+    assert found.codes.is_contiguous()
+    assert found.codes.dtype == scheme.weight.storage
+    assert found.scale.shape == scheme.weight.scale_shape(weight.shape)
+    assert torch.equal(found.scale, found.scale.bfloat16().float())
+    assert low <= float(found.codes.float().min()) <= float(found.codes.float().max()) <= high
+
+
+@given(rows=st.integers(1, 9), columns=st.integers(1, 40), seed=st.integers(0, 1000))
+def test_losses_are_the_quadratic_form_of_each_row(rows: int, columns: int, seed: int) -> None:
+    error, moment = weight_of(seed, rows, columns), moment_of(inputs(seed, columns, rank=2))
+    expected = (error.double() @ moment.double() * error.double()).sum(1)
+    torch.testing.assert_close(row_losses(error, moment).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_losses_of_many_panels_are_those_of_one() -> None:
+    error, moment = weight_of(0, 5, 1200), moment_of(inputs(0, 1200, rank=9))
+    expected = (error.double() @ moment.double() * error.double()).sum(1)
+    torch.testing.assert_close(row_losses(error, moment).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_mistakes_are_named() -> None:
+    weight, moment = torch.ones(4, 32), torch.eye(32)
+    with pytest.raises(NumericsError, match=r"q_proj holds 1 NaN"):
+        gptq(
+            weight.clone()
+            .index_fill_(1, torch.tensor([3]), 1)
+            .where(torch.arange(128).view(4, 32) > 0, torch.nan),
+            SCHEMES[0],
+            moment,
+            None,
+            name="q_proj",
+        )
+    with pytest.raises(NumericsError, match=r"second moment of q_proj holds 1024 NaN"):
+        factorize(moment * torch.nan, name="q_proj")
+    with pytest.raises(NumericsError, match=r"moment must be \(in, in\) of q_proj \(4, 32\); got \(16, 16\)"):
+        gptq(weight, SCHEMES[0], torch.eye(16), None, name="q_proj")
+    with pytest.raises(SchemeError, match="not divisible by group_size 16"):
+        gptq(torch.ones(4, 20), SCHEMES[1], torch.eye(20), None)
