@@ -15,10 +15,10 @@ from typing import Any, Literal
 import torch
 
 from .checkpoint import Checkpoint, StreamedModel, TensorInfo, skeleton
+from .checkpoint.dense import quantization_config
 from .checkpoint.header import DTYPE_NAMES
-from .checkpoint.streamed import quantization_config
 from .inputs import open_checkpoint
-from .plan import make_plan, quantizable, replaced_bytes
+from .plan import is_parameter, make_plan, quantizable, quantized_bytes, replaced_bytes
 from .scheme import Scheme, get_scheme
 from .structure import sketch
 
@@ -29,13 +29,13 @@ Migration = Literal["folded", "kept", "none"]
 class LinearInfo:
     """One linear of a model's blocks.
 
-    shape: (out, in). scheme: None if it stays in float. scale_shape: of its weight's scales. bytes_before and
-    bytes_after: of all its tensors. group: the first of the linears that share its input. migration: where its
-    smoothing vector lives; folded_into: the module that took it.
+    shape: (out, in); (experts, out, in) of a stack. scheme: None if it stays in float. scale_shape: of its weight's
+    scales. bytes_before and bytes_after: of all its tensors. group: the first of the linears that share its input.
+    migration: where its smoothing vector lives; folded_into: the module that took it.
     """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     scheme: str | None
     scale_shape: tuple[int, ...]
     bytes_before: int
@@ -100,11 +100,13 @@ def imagined_checkpoint(config: Path, trust_remote_code: bool = False) -> Checkp
 
 
 def _planned(source: StreamedModel, scheme: Scheme, ignore: Sequence[str] | None) -> Inspection:
-    plan = make_plan(source, scheme, ignore)
+    plan = make_plan(source, scheme, ignore, transposed=True)
     homes = _homes(source)
     linears = tuple(
-        _planned_linear(source, scheme if name in plan.chosen else None, name, *homes.get(name, (None, None)))
-        for name, _ in quantizable(source)
+        _planned_linear(
+            source, scheme if name in plan.chosen else None, name, shape, *homes.get(name, (None, None))
+        )
+        for name, shape in quantizable(source, transposed=True)
     )
     return Inspection(linears, source.checkpoint.nbytes, plan.nbytes)
 
@@ -116,33 +118,37 @@ def _homes(source: StreamedModel) -> dict[str, tuple[str | None, str | None]]:
         for group in groups:
             leader = f"{block}.{group.weights[0].module}"
             folded_into = f"{block}.{group.fold.producer.name}" if group.fold else None
-            homes |= {f"{block}.{weight.module}": (leader, folded_into) for weight in group.weights}
+            for weight in group.weights:
+                name = weight.module if weight.index is None else weight.name
+                homes[f"{block}.{name}"] = (leader, folded_into)
     return homes
 
 
 def _planned_linear(
-    source: StreamedModel, scheme: Scheme | None, name: str, group: str | None, folded_into: str | None
+    source: StreamedModel,
+    scheme: Scheme | None,
+    name: str,
+    shape: tuple[int, ...],
+    group: str | None,
+    folded_into: str | None,
 ) -> LinearInfo:
-    weight = f"{name}.weight"
-    out_features, in_features = source.model.get_parameter(weight).shape
-    before = _bytes_of(source, name)
+    before = after = _bytes_of(source, name)
     scales: tuple[int, ...] = ()
-    after = before
     if scheme is not None:
-        scales = scheme.weight.scale_shape((out_features, in_features))
-        codes = out_features * in_features * scheme.weight.bits // 8
-        after += codes + 4 * prod(scales) - replaced_bytes(source, name)
-    migration: Migration = "folded" if folded_into and scheme else "none"
+        scales = scheme.weight.scale_shape(shape)
+        after += quantized_bytes(scheme, shape) - replaced_bytes(source, name)
+    home = folded_into if scheme else None
+    migration: Migration = "folded" if home else "none"
     return LinearInfo(
-        name, (out_features, in_features), scheme.name if scheme else None, scales, before, after, group, migration,
-        folded_into if scheme else None,
-    )  # fmt: skip
+        name, shape, scheme.name if scheme else None, scales, before, after, group, migration, home
+    )
 
 
 def _bytes_of(source: StreamedModel, name: str) -> int:
-    """Of all tensors that the file holds of a linear."""
-    prefix = f"{source.names.source_module(name)}."
-    return sum(info.nbytes for key, info in source.checkpoint.tensors.items() if key.startswith(prefix))
+    """Of all tensors that the file holds of a linear, or of a stack of them."""
+    keys = source.names.sources(name if is_parameter(source, name) else f"{name}.weight")
+    modules = tuple(f"{key.removesuffix('.weight')}." for key in keys)
+    return sum(info.nbytes for key, info in source.checkpoint.tensors.items() if key.startswith(modules))
 
 
 def _finished(source: StreamedModel) -> Inspection:
@@ -153,23 +159,25 @@ def _finished(source: StreamedModel) -> Inspection:
     # What other tools made does not say what it was made from: the config's dtype then stands for the source's.
     dtype = skeleton(source.checkpoint.path, trust_remote_code=source.trust_remote_code).dtype
     linears = tuple(
-        _finished_linear(source, name, told.get(name, {}), dtype.itemsize) for name, _ in quantizable(source)
+        _finished_linear(source, name, shape, told.get(name, {}), dtype.itemsize)
+        for name, shape in quantizable(source, transposed=True)
     )
     grown = sum(info.bytes_before - info.bytes_after for info in linears)
     before = note.get("source", {}).get("total_size", source.checkpoint.nbytes + grown)
     return Inspection(linears, before, source.checkpoint.nbytes)
 
 
-def _finished_linear(source: StreamedModel, name: str, told: Mapping[str, Any], itemsize: int) -> LinearInfo:
-    out_features, in_features = source.model.get_parameter(f"{name}.weight").shape
-    scheme = source.schemes.get(name)
+def _finished_linear(
+    source: StreamedModel, name: str, shape: tuple[int, ...], told: Mapping[str, Any], itemsize: int
+) -> LinearInfo:
+    scheme = source.scheme_of(name)
     after = before = _bytes_of(source, name)
     scales: tuple[int, ...] = ()
     if scheme is not None:
-        scales = scheme.weight.scale_shape((out_features, in_features))
-        bias = source.checkpoint.tensors.get(f"{source.names.source_module(name)}.bias")
-        before = out_features * in_features * itemsize + (bias.nbytes if bias else 0)
+        scales = scheme.weight.scale_shape(shape)
+        bias = source.checkpoint.tensors.get(f"{name}.bias")
+        before = prod(shape) * itemsize + (bias.nbytes if bias else 0)
     return LinearInfo(
-        name, (out_features, in_features), scheme.name if scheme else None, scales, before, after,
+        name, shape, scheme.name if scheme else None, scales, before, after,
         told.get("group"), told.get("migration", "none"), told.get("folded_into"),
     )  # fmt: skip

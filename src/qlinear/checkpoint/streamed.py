@@ -1,25 +1,19 @@
 """A checkpoint, quantized or not, as a model whose blocks are in memory only while they are used."""
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..blocks import Lanes, find_blocks
-from ..errors import CheckpointError
 from ..nn import QLinear
 from ..scheme import Scheme
 from .conversion import NameMap
-from .layout import Layout
-from .layouts import layout_of
+from .dense import DenseView
 from .reader import Checkpoint
 from .skeleton import skeleton
-
-# The tensor that holds a linear's codes, in one layout or another.
-_CODES = ("weight_packed", "qweight")
 
 
 class StreamedModel:
@@ -45,11 +39,12 @@ class StreamedModel:
         self.dtype = dtype or compute_dtype(self.model.dtype)
         if self.dtype != self.model.dtype:
             self.model = skeleton(checkpoint.path, self.dtype, trust_remote_code=trust_remote_code)
-        self.names = NameMap(self.model, as_dense(checkpoint))
+        self._view = DenseView.of(checkpoint)
+        _replace_transposed(self.model, self._view.schemes)
+        self.names = NameMap(self.model, self._view)
         self.blocks = find_blocks(self.model)
         self.head: nn.Module = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         self.head_name: str = next(name for name, m in self.model.named_modules() if m is self.head)
-        self._layout: Layout | None = None
         self.schemes = self._find_schemes()
         self._name_of: dict[int, str] = {id(block): name for name, block in self.blocks.items()} | {
             id(self.head): self.head_name
@@ -66,6 +61,13 @@ class StreamedModel:
     def stored_dtype(self, name: str) -> torch.dtype:
         """The dtype in which the file holds a parameter of the model."""
         return self.checkpoint.info(self.names.sources(name)[0]).dtype
+
+    def scheme_of(self, name: str) -> Scheme | None:
+        """How the checkpoint holds a linear, or a stack of experts by its parameter's name; None if in float."""
+        if name in self.schemes:
+            return self.schemes[name]
+        sources = self.names.sources(name) if name in self.names.names_in("") else []
+        return self._view.schemes.get(sources[0].removesuffix(".weight")) if sources else None
 
     @contextmanager
     def lanes(self, batches: Sequence[Mapping[str, Any]]) -> Iterator[Lanes]:
@@ -113,16 +115,15 @@ class StreamedModel:
         return [name for name in self.schemes if not part or f"{name}.".startswith(f"{part}.")]
 
     def _quantized_linear(self, name: str) -> QLinear:
-        assert self._layout is not None
         module = self.names.source_module(name)
-        tensors = {
-            key: self.checkpoint.read(key) for key in self.checkpoint.tensors if key.startswith(f"{module}.")
-        }
-        held = self._layout.unpack(module, tensors, self.schemes[name])
-        bias = tensors.get(f"{module}.bias")
-        bias = None if bias is None else bias.to(self.dtype)
+        held = self._view.linear(module)
+        bias = self.checkpoint.read(f"{module}.bias") if f"{module}.bias" in self.checkpoint.tensors else None
         layer = QLinear.from_quantized(
-            held.weight, bias, held.scheme, migration_scale=held.migration_scale, dtype=self.dtype
+            held.weight,
+            None if bias is None else bias.to(self.dtype),
+            held.scheme,
+            migration_scale=held.migration_scale,
+            dtype=self.dtype,
         )
         if held.input_scale is not None:
             layer.input_scale = held.input_scale
@@ -132,16 +133,9 @@ class StreamedModel:
 
     def _find_schemes(self) -> dict[str, Scheme]:
         """The scheme of each linear that the checkpoint holds quantized, by the model's names."""
-        config = quantization_config(self.checkpoint)
-        if config is None:
-            return {}
-        _, self._layout = layout_of(config)
-        linears = {name: m for name, m in self.model.named_modules() if isinstance(m, nn.Linear)}
-        module_of = {self.names.source_module(name): name for name in linears}
-        found = self._layout.schemes_from_config(
-            config, {src: linears[name] for src, name in module_of.items()}
-        )
-        return {module_of[source]: scheme for source, scheme in found.items()}
+        linears = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
+        modules = {name: self.names.source_module(name) for name in linears if self._view.schemes}
+        return {name: self._view.schemes[m] for name, m in modules.items() if m in self._view.schemes}
 
     def _outside(self) -> list[str]:
         """Parameters and buffers that lie in no block and not in the output head."""
@@ -149,33 +143,21 @@ class StreamedModel:
         return [name for name in self.names.names_in("") if not name.startswith(inside)]
 
 
-def quantization_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """What config.json says of quantization, the text model's of a multimodal config included."""
-    text: dict[str, Any] = checkpoint.config.get("text_config") or {}
-    return checkpoint.config.get("quantization_config") or text.get("quantization_config")
+def transposed_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """The linears that store their weight as (in, out), by name: transformers' `Conv1D`, GPT-2's."""
+    from transformers.pytorch_utils import Conv1D
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, Conv1D)}
 
 
-def as_dense(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint as if each packed weight were stored as a matrix: what a float model's names are matched with."""
-    tensors = dict(checkpoint.tensors)
-    for key in checkpoint.tensors:
-        module, _, leaf = key.rpartition(".")
-        if leaf in _CODES:
-            shape = _dense_shape(checkpoint, module, leaf)
-            tensors[f"{module}.weight"] = dataclasses.replace(checkpoint.tensors[key], shape=shape)
-    return dataclasses.replace(checkpoint, tensors=tensors)
-
-
-def _dense_shape(checkpoint: Checkpoint, module: str, leaf: str) -> tuple[int, ...]:
-    if leaf == "qweight":  # AWQ: (in, out / 8)
-        rows, words = checkpoint.info(f"{module}.qweight").shape
-        return words * 8, rows
-    if f"{module}.weight_shape" not in checkpoint.tensors:
-        raise CheckpointError(
-            f"{module}.weight_shape is missing, without which {module}.{leaf} cannot be read"
-        )
-    shape: Tensor = checkpoint.read(f"{module}.weight_shape")
-    return tuple(shape.tolist())
+def _replace_transposed(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
+    """Put an `nn.Linear` in the place of each transposed linear that a file holds quantized, as (out, in)."""
+    for name, module in transposed_linears(model).items() if schemes else ():
+        # The file may leave out the name of the outermost module, as GPT-2's does.
+        if any(name == stored or name.endswith(f".{stored}") for stored in schemes):
+            width, out_features = module.get_parameter("weight").shape
+            linear = nn.Linear(width, out_features, device="meta", dtype=module.get_parameter("weight").dtype)
+            model.set_submodule(name, linear.requires_grad_(False))
 
 
 def compute_dtype(stored: torch.dtype) -> torch.dtype:

@@ -81,7 +81,7 @@ def quantize(
     source = open_model(model, dtype, trust_remote_code, revision)
     source.checkpoint.require_unquantized()
     require_empty(out, overwrite, source.checkpoint.path)
-    plan = make_plan(source, wanted, ignore)
+    plan = make_plan(source, wanted, ignore, transposed=format in ("qlinear", "lmdeploy"))
     require_floats(source, plan)
     config = None if wanted is None else layout.quantization_config(wanted, plan.ignored)
     require_space(out, plan.nbytes)

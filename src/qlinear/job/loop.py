@@ -22,7 +22,7 @@ from ..checkpoint import Checkpoint, ShardWriter, StreamedModel
 from ..checkpoint.layout import Layout, QuantizedLinear
 from ..errors import StructureError
 from ..nn import QLinear
-from ..numerics import qparams_from_range
+from ..numerics import QuantizedTensor, qparams_from_range
 from ..scheme import Scheme, TensorFormat
 from ..smooth import Smoothing, group_scale
 from ..structure import Fold, InputGroup, Producer, Weight, examine, find_groups
@@ -155,12 +155,17 @@ class Job:
                 findings.smoothing.fold(block, group.fold, s, self._stored(block, group.fold.producer))
             elif self.recipe.migration_scale != "never":
                 for weight in group.weights:
-                    findings.smoothing.keep(weight, s)
+                    self._keep(block, weight, s, findings.smoothing)
             else:
                 names = ", ".join(
                     _join(self.source.name_of(block), weight.module) for weight in group.weights
                 )
                 self.warnings.append(f"{names}: nothing can take the smoothing, left unsmoothed")
+
+    def _keep(self, block: nn.Module, weight: Weight, s: Tensor, smoothing: Smoothing) -> None:
+        """Leave the vector with a layer that will be a QLinear; what stays float has no place for it."""
+        if weight.index is None and _join(self.source.name_of(block), weight.module) in self.recipe.chosen:
+            smoothing.keep(weight, s)
 
     def _vector(
         self, block: nn.Module, group: InputGroup, stats: Mapping[Weight, InputStats], alpha: float
@@ -180,14 +185,16 @@ class Job:
         changed = set(smoothing.changed)
         for weight in _weights(block, findings):
             name, matrix = _join(prefix, weight.module), weight.of(block).detach()
-            is_chosen = weight.index is None and name in self.recipe.chosen
-            if is_chosen:
+            if weight.index is None and name in self.recipe.chosen:
                 self._quantize(name, weight, smoothing.apply(weight, matrix), findings)
             elif smoothing.touches(weight):
                 changed.add(weight.name)
             if smoothing.touches(weight):
                 matrix.copy_(smoothing.apply(weight, matrix, kept=False))
-        self._write_float({_join(prefix, name): block.get_parameter(name) for name in changed})
+        stacks = {name for name, _ in block.named_parameters() if _join(prefix, name) in self.recipe.chosen}
+        for name in sorted(stacks):
+            self._quantize_stack(_join(prefix, name), block.get_parameter(name).detach(), findings)
+        self._write_float({_join(prefix, name): block.get_parameter(name) for name in changed - stacks})
 
     def _quantize(self, name: str, weight: Weight, matrix: Tensor, findings: Findings) -> None:
         scheme, smoothing, stats = self.recipe.scheme, findings.smoothing, findings.stats.get(weight)
@@ -198,11 +205,38 @@ class Job:
         if stats is not None and scheme.is_static and scheme.activation is not None:
             scale, zero_point = input_qparams(stats.min / columns, stats.max / columns, scheme.activation)
             held = replace(held, input_scale=scale, input_zero_point=zero_point)
-        for key, tensor in self.recipe.layout.pack(self.source.names.source_module(name), held).items():
-            self.writer.add(key, tensor)
-        self._written |= set(self.source.names.sources(f"{name}.weight"))
+        self._write_linear(self.source.names.source_module(name), held)
         error = output_error(matrix, held, None if stats is None else stats.sample.float() / columns)
         self.layers.append(self._layer(name, error, weight, findings))
+
+    def _quantize_stack(self, name: str, stack: Tensor, findings: Findings) -> None:
+        """Experts (experts, out, in) that the file holds one by one: each becomes a quantized linear there."""
+        assert self.recipe.scheme is not None
+        quantized = round_to_nearest(stack, self.recipe.scheme, name)
+        codes = self.source.names.to_sources({name: quantized.codes})
+        scales = self.source.names.to_sources({name: quantized.scale})
+        zeros = (
+            {} if quantized.zero_point is None else self.source.names.to_sources({name: quantized.zero_point})
+        )
+        for key, code in codes.items():
+            one = QuantizedTensor(
+                code.contiguous(), scales[key].contiguous(), zeros.get(key), quantized.format
+            )
+            self._write_linear(key.removesuffix(".weight"), QuantizedLinear(self.recipe.scheme, one))
+        difference = quantized.dequantize() - stack
+        first = next(
+            (w for g in findings.groups for w in g.weights if name.endswith(f".{w.name}")), Weight(name)
+        )
+        error = float(difference.norm() / stack.float().norm().clamp(min=1e-30))
+        layer = self._layer(name.rpartition(".")[0], error, first, findings)
+        self.layers.append(replace(layer, name=name))
+
+    def _write_linear(self, module: str, held: QuantizedLinear) -> None:
+        """Write a quantized linear under the file's name for it, in place of its float weight."""
+        for key, tensor in self.recipe.layout.pack(module, held).items():
+            self.writer.add(key, tensor)
+            self._written.add(key)
+        self._written.add(f"{module}.weight")
 
     def _layer(self, name: str, error: float, weight: Weight, findings: Findings) -> Layer:
         block = name.removesuffix(weight.module)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checkpoint import Checkpoint, ShardWriter, StreamedModel, clear
 from ..errors import CheckpointError, NumericsError, StructureError
-from ..plan import Plan
+from ..plan import Plan, is_parameter
 
 _FLOAT = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -22,7 +22,7 @@ _FLOAT = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 def require_floats(source: StreamedModel, plan: Plan) -> None:
     """Raise CheckpointError if a linear that is to be quantized is stored as codes of some kind."""
     for name in sorted(plan.chosen):
-        weight = source.names.sources(f"{name}.weight")[0]
+        weight = source.names.sources(name if is_parameter(source, name) else f"{name}.weight")[0]
         info = source.checkpoint.info(weight)
         if info.dtype not in _FLOAT:
             raise CheckpointError(

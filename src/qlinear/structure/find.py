@@ -89,7 +89,7 @@ class Finder:
 
     def __init__(self, block: nn.Module, call: Call) -> None:
         self._block, self._call = block, _enliven(call)
-        self.trace = observe(block, self._call.forward, self._call.args, self._call.kwargs)
+        self.trace = observe(block, self._call.forward, self._call.args, self._call.kwargs, frozen=True)
 
     def folds(self) -> Iterator[Fold]:
         """Every fold that the experiments suggest, norms first; a weight may stand in several."""
@@ -112,7 +112,7 @@ class Finder:
         call, rows = self._call, row_factor(producer, factor)
         outputs = {p.weight: rows for p in self.trace.products if _is_own(producer, p.weight)}
         with scaled(self._block, producer, factor):
-            return observe(self._block, call.forward, call.args, call.kwargs, scale_output=outputs)
+            return observe(self._block, call.forward, call.args, call.kwargs, None, outputs, frozen=True)
 
     def _channels(self, producer: Producer, before: Trace, sign: float) -> dict[Weight, Tensor]:
         """For each weight that reads the producer: which of its channels each input channel carries."""

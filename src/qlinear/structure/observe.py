@@ -9,7 +9,7 @@ agree is not a question of tolerance.
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -87,9 +87,10 @@ class _Watch(TorchFunctionMode):
         self._on_product = on_product
         self._names = {id(p): name for name, p in block.named_parameters()}
         self._parameters = {name: p for name, p in block.named_parameters() if p.dim() in (2, 3)}
-        # What a parameter was turned into by functions of it alone (views, slices, casts): id -> (tensor, name).
-        self._derived: dict[int, tuple[Tensor, str]] = {
-            id(p): (p, name) for name, p in self._parameters.items()
+        # What a parameter was turned into by functions of it alone (views, slices, casts): id -> (tensor, name,
+        # which slice of a stack).
+        self._derived: dict[int, tuple[Tensor, str, int | None]] = {
+            id(p): (p, name, None) for name, p in self._parameters.items()
         }
 
     def __torch_function__(
@@ -102,7 +103,7 @@ class _Watch(TorchFunctionMode):
             return self._product(func, args, kwargs, x, self._weight(func, matrix), bias)
         out = self._other(func, args, kwargs)
         if isinstance(out, Tensor):
-            self._derive(out, args)
+            self._derive(func, out, args)
         return out
 
     def _other(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -112,20 +113,39 @@ class _Watch(TorchFunctionMode):
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, weight: Weight, bias: Any
     ) -> Tensor:
         y: Tensor = func(*args, **kwargs)
-        self._on_product(weight, x, y, self._names.get(id(bias)))
+        self._report(weight, x, y, bias)
         return y
 
-    def _derive(self, out: Tensor, args: tuple[Any, ...]) -> None:
-        tensors = [a for a in args if isinstance(a, Tensor)]
-        if len(tensors) == 1 and id(tensors[0]) in self._derived and id(out) not in self._derived:
-            self._derived[id(out)] = (out, self._derived[id(tensors[0])][1])
+    def _report(self, weight: Weight, x: Tensor, y: Tensor, bias: Any) -> None:
+        """Tell of a product; of a batch of them, with a stack of weights, slice by slice."""
+        name = self._names.get(id(bias))
+        if not self._is_batch(weight, x):
+            self._on_product(weight, x, y, name)
+            return
+        for index in range(x.shape[0]):
+            self._on_product(replace(weight, index=index), x[index], y[index], name)
+
+    def _is_batch(self, weight: Weight, x: Tensor) -> bool:
+        parameter = self._parameters[weight.name]
+        return (
+            weight.index is None
+            and parameter.dim() == 3
+            and x.dim() == 3
+            and x.shape[0] == parameter.shape[0]
+        )
+
+    def _derive(self, func: Any, out: Tensor, args: tuple[Any, ...]) -> None:
+        if not args or id(args[0]) not in self._derived or id(out) in self._derived:
+            return
+        _, name, index = self._derived[id(args[0])]
+        if func is Tensor.__getitem__ and args[0].dim() == 3 and out.dim() == 2:
+            index = int(args[1])
+        elif any(isinstance(other, Tensor) for other in args[1:]):
+            return
+        self._derived[id(out)] = (out, name, index)
 
     def _weight(self, func: Any, matrix: Tensor) -> Weight:
-        name = self._derived[id(matrix)][1]
-        parameter = self._parameters[name]
-        index = None
-        if parameter.dim() == 3 and matrix.dim() == 2:
-            index = (matrix.storage_offset() - parameter.storage_offset()) // parameter[0].numel()
+        _, name, index = self._derived[id(matrix)]
         row_major = matrix.stride(-1) <= matrix.stride(-2)
         return Weight(name, transposed=row_major != (func in _OUT_IN), index=index)
 
@@ -142,9 +162,10 @@ class _Experiment(_Watch):
         on_product: Callable[[Weight, Tensor, Tensor, str | None], None],
         scale_input: Scales,
         scale_output: Scales,
+        frozen: bool,
     ) -> None:
         super().__init__(block, on_product)
-        self._inputs, self._outputs = scale_input, scale_output
+        self._inputs, self._outputs, self._frozen = scale_input, scale_output, frozen
         self.made: list[weakref.ref[Tensor]] = []
 
     @property
@@ -155,28 +176,36 @@ class _Experiment(_Watch):
     def _other(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
         if func in _TOPK:
-            out = _routed(args[0] if args else kwargs["input"], out, args, kwargs)
+            out = _routed(args[0] if args else kwargs["input"], out, args, kwargs, self._frozen)
         self.made += [weakref.ref(t) for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
         return out
 
     def _product(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, weight: Weight, bias: Any
     ) -> Tensor:
-        if weight in self._inputs:
-            scaled = x * self._inputs[weight].to(x)
-            args = tuple(scaled if a is x else a for a in args)
-            kwargs = {k: scaled if a is x else a for k, a in kwargs.items()}
+        scaled = self._scaled(weight, x, x, self._inputs)
+        args = tuple(scaled if a is x else a for a in args)
+        kwargs = {k: scaled if a is x else a for k, a in kwargs.items()}
         y: Tensor = func(*args, **kwargs)
-        self._on_product(weight, x, y, self._names.get(id(bias)))
-        if weight in self._outputs:
-            y = y * self._outputs[weight].to(y)
+        self._report(weight, x, y, bias)
+        y = self._scaled(weight, x, y, self._outputs)
         self.made.append(weakref.ref(y))
         return y
 
+    def _scaled(self, weight: Weight, x: Tensor, values: Tensor, scales: Scales) -> Tensor:
+        """Input or output `values` of a product, times what `scales` has for its weight, or for each slice."""
+        if weight in scales:
+            return values * scales[weight].to(values)
+        if not self._is_batch(weight, x):
+            return values
+        slices = (replace(weight, index=index) for index in range(x.shape[0]))
+        one = torch.ones(values.shape[-1])
+        return values * torch.stack([scales.get(w, one) for w in slices]).unsqueeze(1).to(values)
 
-def _routed(scores: Tensor, chosen: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+
+def _routed(scores: Tensor, chosen: Any, args: tuple[Any, ...], kwargs: dict[str, Any], frozen: bool) -> Any:
     """A router's choice, replaced by one that goes round all experts: an experiment must reach them all, and a
-    change of scores must not send a token elsewhere."""
+    change of scores must not send a token elsewhere. frozen: nor may it change how much an expert counts."""
     dim = kwargs.get("dim", args[2] if len(args) > 2 else -1)
     if dim not in (-1, scores.dim() - 1):
         return chosen
@@ -184,7 +213,8 @@ def _routed(scores: Tensor, chosen: Any, args: tuple[Any, ...], kwargs: dict[str
     start = torch.arange(chosen.indices[..., 0].numel(), device=scores.device) * count
     round_robin = start.unsqueeze(1) + torch.arange(count, device=scores.device)
     indices = (round_robin % scores.shape[-1]).view(chosen.indices.shape)
-    return type(chosen)((scores.gather(-1, indices), indices))
+    values = torch.full_like(chosen.values, 1 / count) if frozen else scores.gather(-1, indices)
+    return type(chosen)((values, indices))
 
 
 def _operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Any] | None:
@@ -214,11 +244,12 @@ def observe(
     kwargs: Mapping[str, Any],
     scale_input: Scales | None = None,
     scale_output: Scales | None = None,
+    frozen: bool = False,
 ) -> Trace:
     """Run `forward(*args, **kwargs)` of `block` in float32 and write down what happened.
 
     The arguments are copied, so a run leaves no trace in the lane they were taken from. scale_input and
-    scale_output multiply what a weight reads (in,) or gives (out,).
+    scale_output multiply what a weight reads (in,) or gives (out,). frozen: routers weigh all experts alike.
     """
     args, kwargs = _float_copy(tuple(args)), _float_copy(dict(kwargs))
     trace = Trace()
@@ -229,7 +260,7 @@ def observe(
         flat = x.detach().reshape(-1, x.shape[-1]), y.detach().reshape(-1, y.shape[-1])
         trace.products.append(Product(weight, *flat, bias, source))
 
-    watch = _Experiment(block, note, scale_input or {}, scale_output or {})
+    watch = _Experiment(block, note, scale_input or {}, scale_output or {}, frozen)
     with torch.no_grad(), watch:
         returned = forward(*args, **kwargs)
     trace.returned = _tensors(returned)
