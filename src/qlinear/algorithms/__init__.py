@@ -1,5 +1,18 @@
-"""Algorithms that round weights, one file each: (weight, format) -> codes. Nothing downstream rounds again."""
+"""Algorithms that round weights, one file each: (weight, scheme) -> codes. Nothing downstream rounds again.
 
+rtn      round to nearest: no data, and what all others are measured against
+gptq     errors are made up for by the columns still to come
+awq      scales that protect what matters, and clipped ranges
+alpha    smoothing chosen for each group by its output error
+grid     scales of least error, for the others
+search   the sweep that alpha and awq share
+group    what they work on
+"""
+
+from .alpha import search_alpha
+from .awq import clip, search_scale
+from .gptq import factorize, gptq
+from .group import Group
 from .rtn import round_to_nearest
 
-__all__ = ["round_to_nearest"]
+__all__ = ["Group", "clip", "factorize", "gptq", "round_to_nearest", "search_alpha", "search_scale"]
