@@ -37,8 +37,12 @@ def small_config(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
     whole = config_class()
     text = whole.get_text_config()
     sizes = {key: value for key, value in SIZES.items() if _has(text, key)}
+    if "kv_lora_rank" in sizes:  # latent attention expands its keys and values for every head
+        sizes["num_key_value_heads"] = sizes.get("num_attention_heads", 4)
     # A model that alternates kinds of layers shows each kind in its last two and first two.
-    lists = {key: _shown(getattr(text, key)) for key in PER_LAYER if isinstance(getattr(text, key, None), list)}
+    lists = {
+        key: _shown(getattr(text, key)) for key in PER_LAYER if isinstance(getattr(text, key, None), list)
+    }
     longest = max([2, *(len(value) for value in lists.values())])
     layers = {key: longest for key in ("num_hidden_layers", "n_layer", "num_layers") if key in sizes}
     try:

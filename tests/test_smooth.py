@@ -10,7 +10,8 @@ from torch import nn
 from qlinear.errors import SchemeError
 from qlinear.smooth import Smoothing, group_scale, smoothing_scale, weight_statistic
 from qlinear.structure import find_groups
-from test_structure import WIDTH, Block, OnePlusNorm, call_of, folds_of, perturbed
+
+from .test_structure import WIDTH, Block, OnePlusNorm, call_of, folds_of, perturbed
 
 
 def test_the_papers_worked_example() -> None:

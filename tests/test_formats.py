@@ -1,0 +1,133 @@
+"""Every layout and every policy for smoothing vectors: what is written is what is read back."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+
+import qlinear
+from qlinear.errors import SchemeError
+from qlinear.job import Result
+from qlinear.nn import QLinear
+
+from .architectures import small_model
+
+TOKENS = torch.randint(3, 128, (4, 24), generator=torch.Generator().manual_seed(0))
+
+
+def source(folder: Path, architecture: str) -> tuple[Path, Tensor]:
+    """A tiny random checkpoint, and its logits."""
+    model = small_model(getattr(transformers, f"{architecture}Config"))
+    model.save_pretrained(folder / "source")
+    with torch.no_grad():
+        return folder / "source", model(TOKENS, use_cache=False).logits
+
+
+def quantized(folder: Path, model: Path, **options: Any) -> tuple[Result, torch.nn.Module]:
+    result = qlinear.quantize(model, folder / "out", calibration=TOKENS, overwrite=True, **options)
+    return result, qlinear.load(folder / "out", dtype="float32")
+
+
+def logits(model: torch.nn.Module) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(TOKENS, use_cache=False).logits
+    return result
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Gemma2", "Olmo", "GPT2", "Mixtral"])
+def test_smoothing_alone_leaves_the_function_as_it_was(architecture: str, tmp_path: Path) -> None:
+    model, expected = source(tmp_path, architecture)
+    result, loaded = quantized(tmp_path, model, scheme="none")
+    assert result.layers == ()
+    assert relative(logits(loaded), expected) < 1e-4
+    before, after = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "out"))
+    assert {key: t.shape for key, t in before.items()} == {key: t.shape for key, t in after.items()}
+    assert any(not torch.equal(before[key], after[key]) for key in before), "something was folded"
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Mixtral"])
+def test_each_layout_gives_the_same_model(architecture: str, tmp_path: Path) -> None:
+    model, expected = source(tmp_path, architecture)
+    found = []
+    for layout in ("compressed-tensors", "lmdeploy", "qlinear"):
+        result, loaded = quantized(tmp_path, model, format=layout)
+        assert all(layer.migration == "folded" for layer in result.layers)
+        found.append(logits(loaded))
+    assert relative(found[0], expected) < 0.06
+    assert all(torch.equal(other, found[0]) for other in found[1:]), "no layout touches a code"
+
+
+@pytest.mark.parametrize("layout", ["lmdeploy", "qlinear"])
+def test_kept_vectors_leave_norms_alone_and_serve_as_well(layout: str, tmp_path: Path) -> None:
+    model, expected = source(tmp_path, "Qwen2")
+    result, loaded = quantized(tmp_path, model, format=layout, migration_scale="always")
+    assert {layer.migration for layer in result.layers} == {"kept"}
+    before, after = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "out"))
+    assert all(
+        torch.equal(before[key], after[key]) for key in before if "norm" in key or key.endswith("bias")
+    )
+    layers = [m for m in loaded.modules() if isinstance(m, QLinear)]
+    assert len(layers) == len(result.layers)
+    assert all(layer.migration_scale is not None for layer in layers)
+    assert relative(logits(loaded), expected) < 0.05
+
+
+def test_what_nothing_can_take_is_kept_where_there_is_a_place_and_named_where_there_is_none(
+    tmp_path: Path,
+) -> None:
+    model, _ = source(tmp_path, "Olmo")  # its norms have no gain
+    kept, _ = quantized(tmp_path, model, format="qlinear")
+    assert {layer.migration for layer in kept.layers} == {"kept", "folded"}
+    assert kept.warnings == ()
+    bare, _ = quantized(tmp_path, model)
+    assert {layer.migration for layer in bare.layers} == {"none", "folded"}
+    named = " ".join(bare.warnings)
+    assert all((layer.name in named) == (layer.migration == "none") for layer in bare.layers)
+
+
+def test_linears_that_store_in_out_are_quantized_where_the_layout_can_say_so(tmp_path: Path) -> None:
+    model, expected = source(tmp_path, "GPT2")
+    _, loaded = quantized(tmp_path, model, format="qlinear")
+    assert relative(logits(loaded), expected) < 0.05
+    assert sum(isinstance(m, QLinear) for m in loaded.modules()) == 8
+    with pytest.raises(SchemeError, match="--format qlinear"):
+        quantized(tmp_path, model, format="compressed-tensors")
+
+
+def test_experts_are_quantized_one_by_one_and_routers_are_not(tmp_path: Path) -> None:
+    model, _ = source(tmp_path, "Qwen2Moe")
+    quantized(tmp_path, model)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    expert = "model.layers.0.mlp.experts.1.down_proj"
+    assert tensors[f"{expert}.weight"].dtype == torch.int8
+    assert tensors[f"{expert}.weight_scale"].shape == (tensors[f"{expert}.weight"].shape[0], 1)
+    assert tensors["model.layers.0.mlp.gate.weight"].is_floating_point()
+    assert tensors["model.layers.0.mlp.shared_expert_gate.weight"].is_floating_point()
+
+
+def test_static_scales_are_equal_where_engines_merge(tmp_path: Path) -> None:
+    model, expected = source(tmp_path, "Llama")
+    _, loaded = quantized(tmp_path, model, scheme="w8a8-static")
+    assert relative(logits(loaded), expected) < 0.1
+    layer = loaded.get_submodule("model.layers.1")
+    q, k, v = (layer.get_submodule(f"self_attn.{name}_proj").input_scale for name in "qkv")
+    assert torch.equal(q, k)
+    assert torch.equal(q, v)
+
+
+def test_a_policy_that_the_layout_has_no_place_for_is_refused(tmp_path: Path) -> None:
+    model, _ = source(tmp_path, "Llama")
+    with pytest.raises(SchemeError, match="needs a format that holds it"):
+        quantized(tmp_path, model, migration_scale="always")
+    with pytest.raises(SchemeError, match="unfolded, always or never"):
+        quantized(tmp_path, model, format="qlinear", migration_scale="sometimes")
+    with pytest.raises(SchemeError, match="format must be one of"):
+        quantized(tmp_path, model, format="gguf")
