@@ -59,6 +59,8 @@ def _shown(kinds: list[Any]) -> list[Any]:
 
 
 def _has(config: PreTrainedConfig, key: str) -> bool:
+    if isinstance(getattr(type(config), key, None), property):  # computed from others, and not to be set
+        return False
     try:
         return hasattr(config, key)
     except Exception:
