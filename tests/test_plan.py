@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from qlinear.errors import SchemeError
 from qlinear.inputs import open_model
@@ -71,3 +72,29 @@ def test_a_tied_head_costs_its_codes_and_takes_nothing_away(tmp_path: Path) -> N
     with_head, without = (make_plan(source, W8A8, ignore) for ignore in ([], None))
     # Codes (97, 30) and a float32 scale for each of 97 rows; the float embedding is still there.
     assert with_head.nbytes - without.nbytes == 97 * 30 + 97 * 4
+
+
+def test_a_vision_tower_is_left_as_it_is_and_engines_are_told(tmp_path: Path) -> None:
+    text = {
+        "model_type": "gemma3_text",
+        "vocab_size": 97,
+        "hidden_size": 30,
+        "intermediate_size": 44,
+        "head_dim": 10,
+    }
+    few = {"num_hidden_layers": 2, "num_attention_heads": 3}
+    vision = {"hidden_size": 12, "intermediate_size": 20, "image_size": 28, "patch_size": 14}
+    folder = save_model(
+        tmp_path / "seeing",
+        "gemma3",
+        text_config=text | few | {"num_key_value_heads": 1},
+        vision_config=vision | few,
+        mm_tokens_per_image=4,
+    )
+    source = open_model(folder)
+    plan = make_plan(source, W8A8, None)
+    assert len(plan.chosen) == 14
+    assert all("language_model" in name for name in plan.chosen)
+    seeing = {n for n, m in source.model.named_modules() if isinstance(m, nn.Linear) and "vision" in n}
+    assert seeing
+    assert seeing <= set(plan.ignored)

@@ -72,7 +72,7 @@ def quantizable(source: StreamedModel, transposed: bool = False) -> Iterator[tup
     transposed: with linears that store (in, out). Experts that the model stacks and the file holds one by one are
     named by their parameter, of shape (experts, out, in).
     """
-    inside = tuple(f"{name}." for name in source.blocks)
+    inside = tuple(f"{name}." for name in text_blocks(source))
     other = transposed_linears(source.model) if transposed else {}
     for name, module in source.model.named_modules():
         if isinstance(module, nn.Linear) and (name.startswith(inside) or module is source.head):
@@ -104,6 +104,13 @@ def routers(source: StreamedModel, linears: Mapping[str, tuple[int, ...]]) -> li
     parents = {name: name.rpartition(".")[0] for name in linears}
     near = {name: (experts.get(parents[name]), linears[name][-2]) for name in linears}
     return [name for name, (count, rows) in near.items() if count is not None and rows in (1, count)]
+
+
+def text_blocks(source: StreamedModel) -> list[str]:
+    """Names of the blocks that a text passes through: those of a vision or audio tower are left as they are."""
+    decoder = source.model.get_decoder()  # type: ignore[no-untyped-call]
+    inside = {id(module) for module in decoder.modules()} if isinstance(decoder, nn.Module) else set()
+    return [name for name, block in source.blocks.items() if id(block) in inside] or list(source.blocks)
 
 
 def matches(pattern: str, name: str) -> bool:
