@@ -82,14 +82,16 @@ def test_the_model_is_itself_again_afterwards(model: Model) -> None:
     assert not any("forward" in vars(layer) for layer in model.layers)
 
 
-def test_an_error_inside_a_lane_reaches_the_caller(model: Model) -> None:
-    model.head = nn.Linear(3, 3)
-    with (
-        Lanes(model, list(model.layers), batches_of(TOKENS, 6)) as lanes,
-        pytest.raises(RuntimeError, match="shapes"),
-    ):
+def step_through(model: Model) -> None:
+    with Lanes(model, list(model.layers), batches_of(TOKENS, 6)) as lanes:
         while lanes.at is not None:
             lanes[0].step()
+
+
+def test_an_error_inside_a_lane_reaches_the_caller(model: Model) -> None:
+    model.head = nn.Linear(3, 3)
+    with pytest.raises(RuntimeError, match="shapes"):
+        step_through(model)
 
 
 def test_an_error_before_the_first_block_leaves_no_thread(model: Model) -> None:
