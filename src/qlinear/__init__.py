@@ -2,6 +2,7 @@
 
 from .errors import QLinearError
 from .evaluation import evaluate
+from .inplace import quantize_
 from .inputs import load
 from .inspection import inspect
 from .job import quantize
@@ -15,4 +16,5 @@ __all__ = [
     "inspect",
     "load",
     "quantize",
+    "quantize_",
 ]
