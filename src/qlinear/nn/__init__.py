@@ -1,4 +1,7 @@
-"""Modules: the quantized linear layer where `torch.nn.Linear` stood, the norms before it, and its training."""
+"""Modules: the quantized linear layer where `torch.nn.Linear` stood, the norms before it, and its training.
+
+`parallel`, which needs torch.distributed, is imported on its own.
+"""
 
 from .fake_quant import FakeQuantLinear, convert, fake_quantize, prepare
 from .norms import QLayerNorm, QRMSNorm, silu_mul_quantize
