@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import qlinear
-from qlinear.errors import SchemeError
+from qlinear.errors import CheckpointError, SchemeError
 from qlinear.job import Result
 from qlinear.nn import QLinear
 
@@ -131,3 +131,29 @@ def test_a_policy_that_the_layout_has_no_place_for_is_refused(tmp_path: Path) ->
         quantized(tmp_path, model, format="qlinear", migration_scale="sometimes")
     with pytest.raises(SchemeError, match="format must be one of"):
         quantized(tmp_path, model, format="gguf")
+
+
+@pytest.mark.parametrize(
+    "through", [("lmdeploy",), ("qlinear",), ("qlinear", "lmdeploy", "compressed-tensors")]
+)
+def test_converting_there_and_back_gives_the_same_bytes(through: tuple[str, ...], tmp_path: Path) -> None:
+    model, _ = source(tmp_path, "Qwen2")
+    _, loaded = quantized(tmp_path, model)
+    folder = tmp_path / "out"
+    for layout in through:
+        folder = qlinear.convert(folder, tmp_path / f"as-{layout}", layout)
+        assert torch.equal(logits(qlinear.load(folder, dtype="float32")), logits(loaded))
+    back = load_file(qlinear.convert(folder, tmp_path / "back", "compressed-tensors") / "model.safetensors")
+    first = load_file(tmp_path / "out" / "model.safetensors")
+    assert back.keys() == first.keys()
+    assert all(torch.equal(back[key], first[key]) for key in first)
+
+
+def test_a_kept_vector_is_not_lost_in_conversion(tmp_path: Path) -> None:
+    model, _ = source(tmp_path, "Llama")
+    quantized(tmp_path, model, format="qlinear", migration_scale="always")
+    with pytest.raises(SchemeError, match="migration scale"):
+        qlinear.convert(tmp_path / "out", tmp_path / "other", "compressed-tensors")
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(CheckpointError, match="not quantized"):
+        qlinear.convert(model, tmp_path / "other", "lmdeploy")

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "src" / "qlinear"
 TIERS = (
     "errors | scheme | numerics packing | ops | functional | nn | structure smooth blocks data | calibrate | "
-    "algorithms | checkpoint | demo | inputs plan | evaluation inspection generation inplace | job | report | "
+    "algorithms | checkpoint | demo | inputs plan | evaluation inspection generation inplace | job relayout | report | "
     "integrations | cli | __init__ __main__"
 )
 TIER = {name: tier for tier, names in enumerate(TIERS.split("|")) for name in names.split()}

@@ -13,7 +13,17 @@ assert not torch.cuda.is_initialized()
 """
 
 
-PUBLIC = ["QLinearError", "Scheme", "TensorFormat", "evaluate", "inspect", "load", "quantize"]
+PUBLIC = [
+    "QLinearError",
+    "Scheme",
+    "TensorFormat",
+    "convert",
+    "evaluate",
+    "inspect",
+    "load",
+    "quantize",
+    "quantize_",
+]
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:

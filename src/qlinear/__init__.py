@@ -6,12 +6,14 @@ from .inplace import quantize_
 from .inputs import load
 from .inspection import inspect
 from .job import quantize
+from .relayout import convert
 from .scheme import Scheme, TensorFormat
 
 __all__ = [
     "QLinearError",
     "Scheme",
     "TensorFormat",
+    "convert",
     "evaluate",
     "inspect",
     "load",

@@ -32,10 +32,31 @@ def load_config(folder: str | Path, trust_remote_code: bool = False) -> "PreTrai
 
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError) as error:
-        reason = " ".join(str(error).split())
+    except _foreign_errors() as error:
+        reason = _one_line(error)
         raise CheckpointError(f"{folder} has a config.json that transformers cannot use: {reason}") from None
     return config
+
+
+def _foreign_errors() -> tuple[type[Exception], ...]:
+    """What the constructors of other people's classes raise when they are given nonsense."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    usual = (
+        ArithmeticError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    )
+    return (*usual, StrictDataclassError)
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def skeleton(
@@ -60,14 +81,14 @@ def skeleton(
     options: dict[str, Any] = {"experts_implementation": experts_implementation}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    dtype = dtype or _config_dtype(config)
     try:
+        dtype = dtype or _config_dtype(config)
         with _parameters_on_meta(), _LargeOnMeta():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=dtype, trust_remote_code=trust_remote_code, **options
             )
-    except (ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except _foreign_errors() as error:
+        reason = _one_line(error)
         raise CheckpointError(f"no causal language model can be built from config.json: {reason}") from None
     _keep_in_float32(model, dtype)
     for part in {id(c): c for c in (model.config, model.config.get_text_config())}.values():

@@ -160,6 +160,22 @@ def inspect(
     _show(found, as_json, show_inspection)
 
 
+@app.command(epilog="Example:\n\n    qlinear convert build/demo-w8a8 build/demo-lmdeploy --format lmdeploy")
+def convert(
+    model: Annotated[str, typer.Argument(help="A quantized checkpoint's folder or Hub id.")],
+    out: Annotated[Path, typer.Argument(help="The folder to make.")],
+    format: Annotated[str, typer.Option(help="`compressed-tensors`, `lmdeploy`, `awq` or `qlinear`.")],
+    overwrite: Annotated[bool, typer.Option(help="Replace the checkpoint that is in OUT.")] = False,
+    revision: Revision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a quantized checkpoint in another layout; no code is touched."""
+    from .. import convert as run
+
+    made = run(model, out, format, overwrite=overwrite, revision=revision)
+    typer.echo(json.dumps({"out": str(made)}) if as_json else str(made))
+
+
 @app.command(epilog="Example:\n\n    qlinear generate build/demo-w8a8 'The function returns'")
 def generate(
     model: Model,

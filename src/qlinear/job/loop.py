@@ -148,9 +148,10 @@ class Job:
         smoothed.step()
 
     def _smooth(self, block: nn.Module, findings: Findings, alpha: float) -> None:
-        # All vectors first, from the weights as they came: folding one changes what another would be computed from.
-        vectors = [self._vector(block, group, findings.stats, alpha) for group in findings.groups]
-        for group, s in zip(findings.groups, vectors, strict=True):
+        # Last group first: dividing a linear's rows by what its readers take changes the largest magnitudes of its
+        # columns, and so what the linear itself needs. The other way round nothing depends on anything.
+        for group in reversed(findings.groups):
+            s = self._vector(block, group, findings, alpha)
             if group.fold is not None:
                 findings.smoothing.fold(block, group.fold, s, self._stored(block, group.fold.producer))
             elif self.recipe.migration_scale != "never":
@@ -167,12 +168,10 @@ class Job:
         if weight.index is None and _join(self.source.name_of(block), weight.module) in self.recipe.chosen:
             smoothing.keep(weight, s)
 
-    def _vector(
-        self, block: nn.Module, group: InputGroup, stats: Mapping[Weight, InputStats], alpha: float
-    ) -> Tensor:
-        """The smoothing vector of a group, from its weights that saw tokens; ones if none did."""
-        matrices = {weight: weight.of(block) for weight in group.weights}
-        return group_scale(group, matrices, absmax_of(stats, group.weights), alpha)
+    def _vector(self, block: nn.Module, group: InputGroup, findings: Findings, alpha: float) -> Tensor:
+        """The smoothing vector of a group, from its weights as they are by now."""
+        matrices = {weight: findings.smoothing.apply(weight, weight.of(block)) for weight in group.weights}
+        return group_scale(group, matrices, absmax_of(findings.stats, group.weights), alpha)
 
     def _stored(self, block: nn.Module, producer: Producer) -> torch.dtype:
         """The dtype in which the file holds what a fold changes."""
@@ -284,9 +283,10 @@ def require_agreement(original: Lane, smoothed: Lane, checkpoint: Checkpoint) ->
     """Raise StructureError unless some tokens came through the original and the smoothed weights alike."""
     a, b = (lane.waiting.args[0].float() for lane in (original, smoothed))
     difference = float((a - b).norm() / a.norm())
-    stored = {info.dtype for info in checkpoint.tensors.values() if info.dtype.is_floating_point}
-    # Gains are compensated exactly; what is left is the rounding of biases in the dtype of the file.
-    limit = 4 * max(torch.finfo(dtype).eps for dtype in stored) + 1e-3
+    rounded = {info.dtype for info in checkpoint.tensors.values() if info.dtype.is_floating_point}
+    # Gains are compensated exactly; what is left is the rounding of biases, and of what is computed in.
+    rounded.add(original.waiting.args[0].dtype)
+    limit = 4 * max(torch.finfo(dtype).eps for dtype in rounded) + 1e-3
     if not difference <= limit:
         raise StructureError(
             f"the smoothed model's output differs from the original's by {difference:.2g} (at most {limit:.2g} is "

@@ -9,8 +9,8 @@ norms that multiply by 1 + gain. Three ways for a wrong fold to look right are c
 - a clamp that does not bite on these tokens: the producer is also tried 2^4 and 2^8 times larger.
 """
 
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +31,27 @@ def examine(
 
     probe: a call with one-token sequences, to experiment on. proof: one with real sequences. likely: the folds of
     the block before, which are only proved, not looked for: in most models all blocks are built alike.
+    The block computes in float32 meanwhile, whatever its parameters are held in.
     """
-    trace = observe(block, proof.forward, proof.args, proof.kwargs)
-    if likely and _stands_in(likely, trace) and prove(block, proof, likely):
-        return trace, list(likely)
-    return trace, proved(block, proof, Finder(block, probe).folds())
+    with _in_float32(block):
+        trace = observe(block, proof.forward, proof.args, proof.kwargs)
+        if likely and _stands_in(likely, trace) and prove(block, proof, likely):
+            return trace, list(likely)
+        return trace, proved(block, proof, Finder(block, probe).folds())
+
+
+@contextmanager
+def _in_float32(block: nn.Module) -> Iterator[None]:
+    """While open, every parameter and buffer of a floating dtype is a float32 copy; afterwards it is what it was."""
+    tensors = [t for t in (*block.parameters(), *block.buffers()) if t.is_floating_point()]
+    narrow = [(t, t.data) for t in tensors if t.dtype != torch.float32]
+    for tensor, data in narrow:
+        tensor.data = data.float()
+    try:
+        yield
+    finally:
+        for tensor, data in narrow:
+            tensor.data = data
 
 
 def _stands_in(folds: Sequence[Fold], trace: Trace) -> bool:

@@ -9,7 +9,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..blocks import Lanes, batches_of
 from .folds import InputGroup, find_groups
@@ -30,7 +32,12 @@ def sketch(model: nn.Module, blocks: Mapping[str, nn.Module], head: nn.Module) -
     stops = [*blocks.values(), head]
     ids = torch.arange(_TOKENS)
     batches = [*batches_of(ids.unsqueeze(1), _TOKENS), *batches_of(ids.view(2, -1), 2)]
-    with torch.no_grad(), random_weights(_outside(model, stops)), Lanes(model, stops, batches) as lanes:
+    with (
+        torch.no_grad(),
+        _OneColumn(),
+        random_weights(_outside(model, stops)),
+        Lanes(model, stops, batches) as lanes,
+    ):
         while (block := lanes.at) is not None and block is not head:
             kind = (type(block), tuple((name, p.shape) for name, p in block.named_parameters()))
             if kind not in kinds:
@@ -40,6 +47,19 @@ def sketch(model: nn.Module, blocks: Mapping[str, nn.Module], head: nn.Module) -
             for lane, output in zip(lanes, outputs, strict=True):
                 lane.advance(output)
     return found
+
+
+class _OneColumn(TorchFunctionMode):
+    """Multiplies by a matrix that is one column repeated as what it is, a sum and an outer product, not in full."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.linear and len(args) > 1 and args[1].dim() == 2 and args[1].stride(-1) == 0:
+            bias = args[2] if len(args) > 2 else (kwargs or {}).get("bias")
+            y = args[0].sum(-1, keepdim=True) * args[1][:, 0]
+            return y if bias is None else y + bias
+        return func(*args, **(kwargs or {}))
 
 
 def _examined(block: nn.Module, lanes: Lanes) -> tuple[list[InputGroup], list[Any]]:
