@@ -3,7 +3,8 @@
     python quantize_4bit_with_llmcompressor.py MODEL CALIBRATION OUT [--scheme W4A16] [--algorithm gptq] [--dtype auto]
 
 MODEL: a checkpoint folder. CALIBRATION: a safetensors file with `input_ids` (n, seq_len). Algorithms: gptq, awq, rtn,
-each with llmcompressor's defaults; awq pins memory, so 0.14 cannot run it without an accelerator. Prints one line of JSON: the seconds from loading to saving, and the versions.
+each with llmcompressor's defaults; awq pins memory, so 0.14 cannot run it without an accelerator. Prints one line
+of JSON: the seconds from loading to saving, and the versions.
 """
 
 import argparse
