@@ -16,7 +16,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from qlinear.nn import QLinear
+from qlinear import ops
+from qlinear.functional import prepack, quantized_linear
+from qlinear.nn import QLinear, QRMSNorm
 from qlinear.ops import cpu
 
 Case = Callable[[], object]
@@ -91,6 +93,48 @@ def table_of_layers(size: int, rounds: int) -> None:
         print(f"| {rows} |{figures} {overhead:.2f} | {speedup:.2f} |", flush=True)
 
 
+def table_of_norms(size: int, rounds: int) -> None:
+    """A norm, its quantization and the layer: apart, and as codes that pass from one to the next."""
+    print(f"\nRMS norm and layer, K = N = {size}, bfloat16, milliseconds")
+    print("| M | norm, QLinear | QRMSNorm, QLinear | saved | quantization alone |")
+    print("|---" * 5 + "|")
+    torch.manual_seed(0)
+    layer = QLinear.from_float(nn.Linear(size, size, dtype=torch.bfloat16), "w8a8")
+    norm = nn.RMSNorm(size, eps=1e-6, dtype=torch.bfloat16)
+    fused = QRMSNorm.from_float(norm)
+    for rows in (1, 8, 64, 512):
+        x = torch.randn(rows, size, dtype=torch.bfloat16)
+        taken = measure(_norm_cases(layer, norm, fused, x), rounds)
+        saved = taken["apart"] - taken["fused"]
+        figures = (taken["apart"], taken["fused"], saved, taken["quantization"])
+        print(f"| {rows} |" + "".join(f" {figure:.3f} |" for figure in figures), flush=True)
+
+
+def _norm_cases(layer: QLinear, norm: nn.Module, fused: nn.Module, x: Tensor) -> dict[str, Case]:
+    return {
+        "apart": lambda: layer(norm(x)),
+        "fused": lambda: layer(fused(x)),
+        "quantization": lambda: ops.quantize_tokens(x, None),
+    }
+
+
+def table_of_packing(size: int, rounds: int) -> None:
+    """What `prepack` saves a call of `quantized_linear`."""
+    print(f"\nquantized_linear, K = N = {size}, milliseconds")
+    print("| M | packed on every call | prepacked |")
+    print("|---|---|---|")
+    weight = torch.randint(-128, 128, (size, size), dtype=torch.int8)
+    packed = prepack(weight)
+    for rows in (1, 64):
+        codes = torch.randint(0, 256, (rows, size), dtype=torch.uint8)
+        cases: dict[str, Case] = {
+            "plain": lambda codes=codes: quantized_linear(codes, weight, x_scale=0.1, w_scale=0.1),
+            "packed": lambda codes=codes: quantized_linear(codes, packed, x_scale=0.1, w_scale=0.1),
+        }
+        taken = measure(cases, max(5, rounds // 4))
+        print(f"| {rows} | {taken['plain']:.3f} | {taken['packed']:.3f} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--size", type=int, default=4096)
@@ -102,7 +146,8 @@ def main() -> None:
     )
     print(f"oneDNN's int8 product is {'exact' if cpu.is_exact() else 'not exact, so unused'} here")
     with torch.inference_mode():
-        table_of_layers(arguments.size, arguments.rounds)
+        for table in (table_of_layers, table_of_norms, table_of_packing):
+            table(arguments.size, arguments.rounds)
 
 
 if __name__ == "__main__":
