@@ -15,7 +15,7 @@ from qlinear.ops import cpu, reference
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 # Rows on both sides of a block of rows, widths on both sides of a slice of exact float32 sums.
-ROWS = st.sampled_from([0, 1, 2, 17, 255, 256, 257, 513])
+ROWS = st.sampled_from([0, 1, 2, 17, 511, 512, 513])
 WIDTHS = st.sampled_from([1, 3, 64, 511, 1024, 1025, 2100])
 OUTS = st.sampled_from([1, 5, 64, 130])
 

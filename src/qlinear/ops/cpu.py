@@ -21,9 +21,9 @@ from . import reference
 
 # Float32 elements that the caches of two cores hold while a few passes are made over them. Temporaries of this
 # size come back from malloc still warm, so nothing is gained by managing buffers here.
-_CHUNK = 1 << 18
+_CHUNK = 1 << 19
 # Rows of one product: enough to read the weight few times, few enough for its output to stay in cache.
-_PRODUCT_ROWS = 256
+_PRODUCT_ROWS = 512
 _NO_ZERO_POINT = torch.zeros(1, dtype=torch.int32, device="cpu")
 # Adding 1.5 · 2²³ to a float32 of small size rounds it, half to even, and leaves the integer in the lowest bits.
 _ROUNDING = 1.5 * 2**23
