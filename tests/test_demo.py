@@ -140,7 +140,7 @@ def w8a8_divergence(folder: Path, reference: Tensor, ids: Tensor) -> float:
 
 
 def test_w8a8_suffers_from_the_outliers(unplanted: Path) -> None:
-    ids = evaluation_ids()
+    ids = evaluation_ids(2, 256)
     with torch.no_grad():
         reference = load(unplanted)(ids).logits.log_softmax(-1)
     healthy = w8a8_divergence(unplanted, reference, ids)
