@@ -33,6 +33,11 @@ def load_config(folder: str | Path, trust_remote_code: bool = False) -> "PreTrai
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except _foreign_errors() as error:
+        if "trust_remote_code" in str(error):
+            raise CheckpointError(
+                f"{folder} brings Python code of its own, which is not run unless you trust it: pass "
+                "--trust-remote-code (trust_remote_code=True)"
+            ) from None
         reason = _one_line(error)
         raise CheckpointError(f"{folder} has a config.json that transformers cannot use: {reason}") from None
     return config
