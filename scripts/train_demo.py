@@ -3,9 +3,9 @@
     OMP_WAIT_POLICY=passive python scripts/train_demo.py build/demo
 
 writes an ordinary checkpoint, without planted outliers, and the calibration and evaluation text beside it;
-`plant_demo.py` makes the embedded model of it. Training is in float32 on two CPU cores and takes about half an
-hour (torch.compile, which needs a C++ compiler, is three times as fast as eager here). Everything is seeded: the same
-Python, torch and processor give the same model.
+`plant_demo.py` makes the embedded model of it. Training is in float32 on two CPU cores, which it took an hour and a
+half while they had other work to do (torch.compile, which needs a C++ compiler, is about three times as fast as eager
+here). Everything is seeded: the same Python, torch and processor give the same model.
 """
 
 import argparse
