@@ -25,6 +25,7 @@ _CHUNK = 1 << 19
 # Rows of one product: enough to read the weight few times, few enough for its output to stay in cache.
 _PRODUCT_ROWS = 512
 _NO_ZERO_POINT = torch.zeros(1, dtype=torch.int32, device="cpu")
+_POINTWISE = getattr(torch.ops.onednn, "qlinear_pointwise", None)  # None in builds without oneDNN
 # Adding 1.5 · 2²³ to a float32 of small size rounds it, half to even, and leaves the integer in the lowest bits.
 _ROUNDING = 1.5 * 2**23
 _ROUNDING_TO_128 = torch.tensor(
@@ -66,7 +67,8 @@ def packed_once(weight: Tensor) -> Tensor:
 
 def _product(codes: Tensor, zero_point: int, packed: Tensor, weight_scale: Tensor) -> Tensor:
     """float32((codes - zero_point) · weightᵀ) * weight_scale: codes (M, in) uint8 → (M, out) float32."""
-    y: Tensor = torch.ops.onednn.qlinear_pointwise(
+    assert _POINTWISE is not None  # is_exact() said so
+    y: Tensor = _POINTWISE.default(
         codes, 1.0, zero_point, packed, weight_scale, _NO_ZERO_POINT,
         None, 1.0, 0, torch.float32, "none", [], "",
     )  # fmt: skip
@@ -78,7 +80,11 @@ def is_exact() -> bool:
     """Whether oneDNN's product equals the reference on this processor, tried with the most extreme codes."""
     try:
         return all(_equals_reference(*shape) for shape in ((1, 2113, 80), (33, 2048, 128), (33, 2113, 77)))
-    except (AttributeError, RuntimeError):  # no oneDNN in this build, or none for these dtypes
+    except (
+        AssertionError,
+        AttributeError,
+        RuntimeError,
+    ):  # no oneDNN in this build, or none for these dtypes
         return False
 
 
@@ -115,37 +121,33 @@ def blocks_in_cache(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     return _blocks(count, *rows)
 
 
-def store_rounded(x: Tensor, zero_point: int, codes: Tensor) -> None:
-    """codes = round(x) + zero_point, for results in the range of the codes' dtype; x is overwritten."""
+def rounded(x: Tensor, zero_point: int) -> Tensor:
+    """round(x) + zero_point in the lowest bits of int32, where that is small; x (*) float32 is overwritten."""
     if zero_point == 128:
-        x.add_(_ROUNDING_TO_128)
-    else:
-        # Halves go to the even side, so only an even number may be added before rounding.
-        odd = zero_point % 2
-        x.add_(_ROUNDING + zero_point - odd).add_(odd)
-    codes.copy_(x.view(torch.int32))
+        return x.add_(_ROUNDING_TO_128).view(torch.int32)
+    # Halves go to the even side, so only an even number may be added before rounding.
+    odd = zero_point % 2
+    return x.add_(_ROUNDING + zero_point - odd).add_(odd).view(torch.int32)
 
 
-def _quantize_tokens(x: Tensor, migration_scale: Tensor | None, codes: Tensor) -> Tensor:
-    """Rows of x (M, in) → codes (M, in) uint8 around 128; returns their scale (M, 1)."""
+def _quantize_tokens(x: Tensor, migration_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows of x (M, in) → codes (M, in) uint8 around 128, scale (M, 1)."""
     values = reference.migrate(x, migration_scale)
     scale = scale_from_absmax(values.abs().amax(1, keepdim=True), reference.TOKEN_INT8)
-    store_rounded(values / scale, 128, codes)
-    return scale
+    return rounded(values / scale, 128).to(torch.uint8), scale
 
 
 def _quantize_static(
-    x: Tensor, migration_scale: Tensor | None, input_scale: Tensor, zero_point: int, codes: Tensor
-) -> Tensor:
-    """Rows of x (M, in) → codes (M, in) uint8 around `zero_point`; returns the scale (1,) they share."""
+    x: Tensor, migration_scale: Tensor | None, input_scale: Tensor, zero_point: int
+) -> tuple[Tensor, Tensor]:
+    """Rows of x (M, in) → codes (M, in) uint8 around `zero_point`, the scale (1,) they share."""
     values = reference.migrate(x, migration_scale) / input_scale
     # Both ends are whole numbers, so clamping before rounding is the same as after.
-    store_rounded(values.clamp_(-zero_point, 255 - zero_point), zero_point, codes)
-    return input_scale
+    return rounded(values.clamp_(-zero_point, 255 - zero_point), zero_point).to(torch.uint8), input_scale
 
 
-# Writes float32 results (M, out), which it may overwrite, into the output.
-_Store = Callable[[Tensor, Tensor], None]
+# Float32 results (M, out), which it may overwrite, → what is written into the output.
+_Finish = Callable[[Tensor], Tensor]
 
 
 class _Weight(NamedTuple):
@@ -163,30 +165,43 @@ def _prepare(weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> _Weig
     return _Weight(packed_once(weight), scale, None if bias is None else bias.float(), rows)
 
 
+def _scaled(product: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """product * scale + bias, in place."""
+    product.mul_(scale)
+    return product if bias is None else product.add_(bias)
+
+
 def _multiply(
-    codes: Tensor, zero_point: int, scales: Iterable[Tensor], weight: _Weight, out: Tensor, store: _Store
+    codes: Tensor, zero_point: int, scales: Iterable[Tensor], weight: _Weight, out: Tensor, finish: _Finish
 ) -> None:
-    """out (M, out) = store(product * scale + bias); `scales` has one tensor for every `weight.rows` rows."""
+    """out (M, out) = finish(product * scale + bias); `scales` has one tensor for every `weight.rows` rows."""
     product = _product(codes, zero_point, weight.packed, weight.scale)
     for (values, y), scale in zip(_blocks(weight.rows, product, out), scales, strict=True):
-        values.mul_(scale)
-        store(values if weight.bias is None else values.add_(weight.bias), y)
+        y.copy_(finish(_scaled(values, scale, weight.bias)))
 
 
-def _cast(values: Tensor, y: Tensor) -> None:
-    y.copy_(values)
+def _as_it_is(values: Tensor) -> Tensor:
+    return values
 
 
 def _linear(
-    x: Tensor, quantize: Callable[[Tensor, Tensor], Tensor], zero_point: int, weight: _Weight
+    x: Tensor, quantize: Callable[[Tensor], tuple[Tensor, Tensor]], zero_point: int, weight: _Weight
 ) -> Tensor:
-    """The layer over blocks of x's rows; `quantize(rows, codes)` stores their codes and returns their scale."""
+    """The layer on x (*, in); `quantize` makes codes and their scale of a few rows."""
     rows = x.reshape(-1, x.shape[-1])
+    if len(rows) <= weight.rows:
+        # Nothing to cut up. At one token what surrounds the product is all overhead, so it is kept to a line.
+        codes, scale = quantize(rows)
+        product = _product(codes, zero_point, weight.packed, weight.scale)
+        return _scaled(product, scale, weight.bias).to(x.dtype).view(*x.shape[:-1], len(weight.scale))
     out = x.new_empty(len(rows), len(weight.scale))
     for block, block_out in _blocks(_PRODUCT_ROWS, rows, out):
-        codes = block.new_empty(block.shape, dtype=torch.uint8)
-        scales = [quantize(*part) for part in _blocks(weight.rows, block, codes)]
-        _multiply(codes, zero_point, scales, weight, block_out, _cast)
+        codes, scales = block.new_empty(block.shape, dtype=torch.uint8), []
+        for part, part_codes in _blocks(weight.rows, block, codes):
+            part_in_cache, scale = quantize(part)
+            part_codes.copy_(part_in_cache)
+            scales.append(scale)
+        _multiply(codes, zero_point, scales, weight, block_out, _as_it_is)
     return out.view(*x.shape[:-1], len(weight.scale))
 
 
@@ -202,8 +217,8 @@ def dynamic_linear(
     if not (symmetric and _is_fast(weight)):
         return reference.dynamic_linear(x, weight, weight_scale, migration_scale, bias, symmetric)
 
-    def quantize(rows: Tensor, codes: Tensor) -> Tensor:
-        return _quantize_tokens(rows, migration_scale, codes)
+    def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
+        return _quantize_tokens(rows, migration_scale)
 
     return _linear(x, quantize, 128, _prepare(weight, weight_scale, bias))
 
@@ -224,8 +239,8 @@ def static_linear(
         )
     zero_point = 128 if input_zero_point is None else int(input_zero_point) + _offset(input_zero_point.dtype)
 
-    def quantize(rows: Tensor, codes: Tensor) -> Tensor:
-        return _quantize_static(rows, migration_scale, input_scale, zero_point, codes)
+    def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
+        return _quantize_static(rows, migration_scale, input_scale, zero_point)
 
     return _linear(x, quantize, zero_point, _prepare(weight, weight_scale, bias))
 
@@ -241,16 +256,16 @@ def _codes_linear(
     zero_point: Tensor | None,
     weight: _Weight,
     dtype: torch.dtype,
-    store: _Store,
+    finish: _Finish,
 ) -> Tensor:
-    """The layer over blocks of codes (*, in), in `dtype` as `store` writes it."""
+    """The layer over blocks of codes (*, in), in `dtype` as `finish` leaves it."""
     rows = codes.reshape(-1, codes.shape[-1]).contiguous()
     unsigned = rows if rows.dtype == torch.uint8 else rows.view(torch.uint8) ^ 128
     zero = _offset(codes.dtype) + (0 if zero_point is None else int(zero_point))
     out = codes.new_empty(len(rows), len(weight.scale), dtype=dtype)
     scales = scale.reshape(-1, 1).expand(len(rows), 1)
     for block, block_scale, block_out in _blocks(_PRODUCT_ROWS, unsigned, scales, out):
-        _multiply(block, zero, torch.split(block_scale, weight.rows), weight, block_out, store)
+        _multiply(block, zero, torch.split(block_scale, weight.rows), weight, block_out, finish)
     return out.view(*codes.shape[:-1], out.shape[1])
 
 
@@ -274,7 +289,7 @@ def codes_linear(
         return reference.codes_linear(
             codes, scale, zero_point, weight, weight_scale, weight_zero_point, bias, dtype
         )
-    return _codes_linear(codes, scale, zero_point, _prepare(weight, weight_scale, bias), dtype, _cast)
+    return _codes_linear(codes, scale, zero_point, _prepare(weight, weight_scale, bias), dtype, _as_it_is)
 
 
 def requantized_linear(
@@ -296,11 +311,13 @@ def requantized_linear(
     low, high = torch.iinfo(codes.dtype).min, torch.iinfo(codes.dtype).max
     zero = int(out_zero_point)
 
-    def store(values: Tensor, y: Tensor) -> None:
+    def codes_of(values: Tensor) -> Tensor:
         # Whole numbers bound the range, so clamping first is the same; the lowest byte is the code, signed or not.
-        store_rounded(values.div_(out_scale).clamp_(low - zero, high - zero), zero, y)
+        return rounded(values.div_(out_scale).clamp_(low - zero, high - zero), zero)
 
-    return _codes_linear(codes, scale, zero_point, _prepare(weight, weight_scale, bias), codes.dtype, store)
+    return _codes_linear(
+        codes, scale, zero_point, _prepare(weight, weight_scale, bias), codes.dtype, codes_of
+    )
 
 
 def prepack(weight: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..numerics import quantize, scale_from_absmax
-from .cpu import blocks_in_cache, store_rounded
+from .cpu import blocks_in_cache, rounded
 from .reference import TOKEN_INT8, migrate
 
 # Rows of the inputs → float32 values to round, and what their scale is to be multiplied by, if anything.
@@ -28,7 +28,7 @@ def _quantized(values: _Values, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         y, factor = values(*rows)
         step = scale_from_absmax(y.abs().amax(-1, keepdim=True), TOKEN_INT8)
         if y.is_cpu:
-            store_rounded(y.div_(step), 0, row_codes)
+            row_codes.copy_(rounded(y.div_(step), 0))
         else:
             row_codes.copy_(quantize(y, step, None, TOKEN_INT8))
         row_scale.copy_(step if factor is None else step.mul_(factor))
