@@ -11,13 +11,16 @@ from .errors import NumericsError
 from .structure import Trace, Weight, watching
 
 SAMPLE_TOKENS = 256
+# Columns of the second moments that are added to at once: only what stands on and right of the diagonal is computed.
+_PANEL = 512
 
 
 @dataclass(frozen=True, slots=True)
 class InputStats:
     """Statistics of what a weight reads, per input channel over all tokens: each (in,) float32.
 
-    tokens: how many there were. sample: a few of them (n, in), for measuring errors.
+    tokens: how many there were. sample: a few of them (n, in), for measuring errors. moment: the mean of x xᵀ (in, in)
+    float32, None unless it was asked for.
     """
 
     absmax: Tensor
@@ -27,13 +30,16 @@ class InputStats:
     mean: Tensor
     tokens: int
     sample: Tensor
+    moment: Tensor | None = None
 
 
 class StatsCollector:
     """Gathers `InputStats` from one batch of tokens after another."""
 
-    def __init__(self, sample_per_batch: int) -> None:
+    def __init__(self, sample_per_batch: int, second_moment: bool = False) -> None:
         self.tokens = 0
+        self._moment: Tensor | None = None
+        self._second_moment = second_moment
         self._sample_per_batch = sample_per_batch
         self._samples: list[Tensor] = []
         self._low = self._high = self._sum = self._abs_sum = torch.zeros(())
@@ -53,8 +59,30 @@ class StatsCollector:
             total, magnitude = total + self._sum, magnitude + self._abs_sum
         self._low, self._high, self._sum, self._abs_sum = low, high, total, magnitude
         self.tokens += x.shape[0]
+        if self._second_moment:
+            self._add_moment(x.float())
         step = max(1, x.shape[0] // self._sample_per_batch)
         self._samples.append(x[::step][: self._sample_per_batch].clone())
+
+    def _add_moment(self, x: Tensor) -> None:
+        """Add xᵀ x, on and above the diagonal's blocks."""
+        if self._moment is None:
+            self._moment = x.new_zeros(x.shape[1], x.shape[1])
+        for start in range(0, x.shape[1], _PANEL):
+            panel = self._moment[start : start + _PANEL, start:]
+            panel.addmm_(x[:, start : start + _PANEL].T, x[:, start:])
+
+    def _whole_moment(self) -> Tensor | None:
+        """The mean of x xᵀ, the part below the diagonal mirrored from above it."""
+        if self._moment is None:
+            return None
+        self._moment.div_(self.tokens)
+        for start in range(0, len(self._moment), _PANEL):
+            stop = start + _PANEL
+            middle = self._moment[start:stop, start:stop]
+            middle.copy_(middle.triu() + middle.triu(1).T)
+            self._moment[stop:, start:stop] = self._moment[start:stop, stop:].T
+        return self._moment
 
     def stats(self, name: str) -> InputStats:
         """What was gathered. Raises NumericsError, with the weight's name, if there was NaN or infinity."""
@@ -66,33 +94,44 @@ class StatsCollector:
                 "calibration: run it in a wider dtype with --dtype float32"
             )
         mean, absmean = self._sum / self.tokens, self._abs_sum / self.tokens
-        return InputStats(absmax, absmean, self._low, self._high, mean, self.tokens, torch.cat(self._samples))
+        sample, moment = torch.cat(self._samples), self._whole_moment()
+        return InputStats(absmax, absmean, self._low, self._high, mean, self.tokens, sample, moment)
 
 
 def calibrate(
-    block: nn.Module, lanes: Sequence[Lane], trace: Trace, prefix: str = ""
+    block: nn.Module,
+    lanes: Sequence[Lane],
+    trace: Trace,
+    prefix: str = "",
+    *,
+    second_moments: bool = False,
+    advance: bool = True,
 ) -> dict[Weight, InputStats]:
-    """Step `lanes` through `block`, and gather the statistics of every weight's input on the way.
+    """Run `block` on what `lanes` wait with, and gather the statistics of every weight's input on the way.
 
     trace: a run of the block, which tells which weights read the very same tensor: those are measured once, and
-    share one `InputStats`. prefix: the block's name, for messages. A weight that saw no token is left out.
+    share one `InputStats`. prefix: the block's name, for messages. advance: whether the lanes go on with what came
+    out; otherwise they stay where they are. A weight that saw no token is left out.
     """
     source = {p.weight: p.source for p in reversed(trace.products)}
     measured = {key: weight for weight, key in source.items()}
     per_batch = -(-SAMPLE_TOKENS // max(1, len(lanes)))
-    collectors = {weight: StatsCollector(per_batch) for weight in measured.values()}
+    collectors = {weight: StatsCollector(per_batch, second_moments) for weight in measured.values()}
 
     def note(weight: Weight, x: Tensor) -> None:
         if weight not in source:
             source[weight] = (weight,)
             measured[(weight,)] = weight
-            collectors[weight] = StatsCollector(per_batch)
+            collectors[weight] = StatsCollector(per_batch, second_moments)
         if weight in collectors:
             collectors[weight].update(x)
 
     with watching(block, note), torch.no_grad():
         for lane in lanes:
-            lane.step()
+            if advance:
+                lane.step()
+            else:
+                lane.waiting.run()
     seen = {w: c.stats(f"{prefix}.{w.module}") for w, c in collectors.items() if c.tokens}
     return {weight: seen[measured[key]] for weight, key in source.items() if measured[key] in seen}
 

@@ -1,0 +1,20 @@
+"""What is remembered of the inputs of weights."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlinear.calibrate import StatsCollector
+
+
+@given(st.integers(1, 40), st.sampled_from([1, 3, 512, 700]), st.integers(0, 2**16))
+@settings(max_examples=15)
+def test_second_moments_are_the_mean_of_outer_products(tokens: int, width: int, seed: int) -> None:
+    x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed))
+    collector = StatsCollector(4, second_moment=True)
+    for part in x.split(7):
+        collector.update(part)
+    moment = collector.stats("x").moment
+    assert moment is not None
+    torch.testing.assert_close(moment, (x.double().T @ x.double() / tokens).float(), rtol=1e-4, atol=1e-5)
+    assert torch.equal(moment, moment.T)
