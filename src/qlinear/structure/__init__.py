@@ -6,7 +6,7 @@ with one thing changed and reads off who feeds whom. `proof` decides which of th
 
 from .folds import Fold, InputGroup, Producer, Reader, find_groups
 from .observe import Product, Trace, Weight, observe, watching
-from .proof import examine, prove, proved
+from .proof import examine, prove, proved, run_in_float32
 from .sketch import sketch
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "observe",
     "prove",
     "proved",
+    "run_in_float32",
     "sketch",
     "watching",
 ]

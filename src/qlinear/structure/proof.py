@@ -40,6 +40,12 @@ def examine(
         return trace, proved(block, proof, Finder(block, probe).folds())
 
 
+def run_in_float32(block: nn.Module, call: Call) -> Trace:
+    """A run of the block on this call, in float32, whatever its parameters are held in."""
+    with _in_float32(block):
+        return observe(block, call.forward, call.args, call.kwargs)
+
+
 @contextmanager
 def _in_float32(block: nn.Module) -> Iterator[None]:
     """While open, every parameter and buffer of a floating dtype is a float32 copy; afterwards it is what it was."""
