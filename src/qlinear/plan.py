@@ -6,58 +6,148 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
 
+import torch
 from torch import nn
 
 from .checkpoint import StreamedModel
 from .checkpoint.streamed import transposed_linears
 from .errors import SchemeError
 from .scheme import Scheme
+from .structure.sketch import sketch
+
+# A scheme, or None to leave a linear in float.
+_Choice = Scheme | None
+# How many ranks engines usually split a layer over.
+_RANKS = (2, 4, 8)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """chosen: names of the linears to quantize. ignored: names of all others. nbytes: tensor data of the result."""
+    """schemes: of the linears to quantize, by name. ignored: names of all others. nbytes: tensor data of the result.
 
-    chosen: frozenset[str]
+    notes: what a user should know of the choice.
+    """
+
+    schemes: Mapping[str, Scheme]
     ignored: tuple[str, ...]
     nbytes: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def chosen(self) -> frozenset[str]:
+        """The linears to quantize."""
+        return frozenset(self.schemes)
 
 
 def make_plan(
-    source: StreamedModel, scheme: Scheme | None, ignore: Sequence[str] | None, transposed: bool = False
+    source: StreamedModel,
+    scheme: Scheme | None,
+    ignore: Sequence[str] | None,
+    transposed: bool = False,
+    scheme_for: Mapping[str, Scheme] | None = None,
 ) -> Plan:
     """Choose the linears of a model's blocks, and its output head, that no pattern of `ignore` matches.
 
     scheme: None chooses nothing, for smoothing alone. ignore: names, globs, or `re:` patterns that match from the
-    start; None for the output head and routers. transposed: as for `quantizable`. Raises SchemeError if a pattern
-    matches nothing, if nothing is left, or if the scheme does not fit a linear.
+    start; None for the output head and routers. transposed: as for `quantizable`. scheme_for: other schemes by
+    pattern, the last that matches counts. What engines merge (q, k and v; gate and up) is chosen as one. Raises
+    SchemeError if a pattern matches nothing or contradicts another, if nothing is left, or if a scheme does not fit.
     """
     if scheme is None:
-        return Plan(frozenset(), (), source.checkpoint.nbytes)
+        return Plan({}, (), source.checkpoint.nbytes)
     linears = dict(quantizable(source, transposed))
-    patterns = [source.head_name, *routers(source, linears)] if ignore is None else list(ignore)
-    matched = {p: {name for name in linears if matches(p, name)} for p in patterns}
-    for pattern, names in matched.items():
+    explicit = _explicit(source, linears, ignore, scheme_for or {})
+    notes = _merged(source, explicit) if ignore or scheme_for else []
+    choices = {name: explicit.get(name, scheme) for name in linears}
+    schemes = {name: choice for name, choice in choices.items() if choice is not None}
+    if not schemes:
+        raise SchemeError(_nothing_left(source, transposed))
+    for name in sorted(schemes):
+        _require_fit(name, linears[name], schemes[name])
+    every = [name for name, module in source.model.named_modules() if isinstance(module, nn.Linear)]
+    # By both names where the file's and the model's differ: one engine looks for these, another for those.
+    left = [{name: None, source.names.source_module(name): None} for name in every if name not in schemes]
+    ignored = tuple(name for names in left for name in names) + unused_modules(source)
+    return Plan(
+        schemes, ignored, _nbytes(source, linears, schemes), (*notes, *_cut_by_ranks(linears, schemes))
+    )
+
+
+def _explicit(
+    source: StreamedModel,
+    linears: Mapping[str, tuple[int, ...]],
+    ignore: Sequence[str] | None,
+    scheme_for: Mapping[str, Scheme],
+) -> dict[str, _Choice]:
+    """What patterns say of single linears; those to be left in float count last, and so most."""
+    patterns = [source.head_name, *routers(source, linears)] if ignore is None else ignore
+    rules: list[tuple[str, _Choice, str]] = [(p, s, "scheme-for") for p, s in scheme_for.items()]
+    rules += [(pattern, None, "ignore") for pattern in patterns]
+    explicit: dict[str, _Choice] = {}
+    for pattern, choice, flag in rules:
+        names = [name for name in linears if matches(pattern, name)]
         if not names:
             example = next(iter(linears))
-            raise SchemeError(f"ignore pattern {pattern!r} matches no linear; names look like {example!r}")
-    chosen = frozenset(linears) - frozenset().union(*matched.values())
-    if not chosen:
-        raise SchemeError(_nothing_left(source, transposed))
-    if scheme.is_static and any(len(linears[name]) == 3 for name in chosen):
+            raise SchemeError(f"{flag} pattern {pattern!r} matches no linear; names look like {example!r}")
+        explicit |= dict.fromkeys(names, choice)
+    return explicit
+
+
+def _merged(source: StreamedModel, explicit: dict[str, _Choice]) -> list[str]:
+    """Extend what patterns say to whole merge groups, in place; returns a note for each that grew."""
+    notes = []
+    for group in merge_groups(source):
+        told = {explicit[name] for name in group if name in explicit}
+        if len(told) > 1:
+            raise SchemeError(
+                f"patterns give {', '.join(group)} different schemes, but engines merge them into one layer: "
+                "let one pattern match all of them"
+            )
+        others = [name for name in group if name not in explicit]
+        if told and others:
+            explicit |= dict.fromkeys(others, next(iter(told)))
+            notes.append(f"{', '.join(others)}: chosen with what engines merge them with")
+    return notes
+
+
+def merge_groups(source: StreamedModel) -> list[list[str]]:
+    """Linears that engines merge into one: those of one module that read the same tensor."""
+    twin = StreamedModel(source.checkpoint, torch.float32, source.trust_remote_code)
+    members: dict[tuple[str, int, str], list[str]] = {}
+    for block, groups in sketch(twin.model, twin.blocks, twin.head).items():
+        for i, group in enumerate(groups):
+            for weight in dict.fromkeys(w for w in group.weights if w.index is None):
+                key = (block, i, weight.module.rpartition(".")[0])
+                members.setdefault(key, []).append(f"{block}.{weight.module}")
+    return [names for names in members.values() if len(names) > 1]
+
+
+def _require_fit(name: str, shape: tuple[int, ...], scheme: Scheme) -> None:
+    if scheme.is_static and len(shape) == 3:
         raise SchemeError(
             f"scheme {scheme.name} fixes input scales, which experts do not share: use w8a8 here"
         )
-    for name in sorted(chosen):
-        try:
-            scheme.weight.scale_shape(linears[name])
-        except SchemeError as error:
-            raise SchemeError(f"{name}: {error}; or leave it out with --ignore {name}") from None
-    every = [name for name, module in source.model.named_modules() if isinstance(module, nn.Linear)]
-    # By both names where the file's and the model's differ: one engine looks for these, another for those.
-    left = [{name: None, source.names.source_module(name): None} for name in every if name not in chosen]
-    ignored = tuple(name for names in left for name in names)
-    return Plan(chosen, ignored + unused_modules(source), _nbytes(source, scheme, linears, chosen))
+    try:
+        scheme.weight.scale_shape(shape)
+    except SchemeError as error:
+        raise SchemeError(
+            f"{name}: {error} (--scheme-for '{name}=w4a16-channel'), or leave it out with --ignore {name}"
+        ) from None
+
+
+def _cut_by_ranks(linears: Mapping[str, tuple[int, ...]], schemes: Mapping[str, Scheme]) -> list[str]:
+    """A note for each width that a split over ranks would cut within a group."""
+    cut: dict[tuple[int, int], list[int]] = {}
+    for name, scheme in schemes.items():
+        width, size = linears[name][-1], scheme.weight.group_size
+        if size is not None:
+            cut[width, size] = [ranks for ranks in _RANKS if width % ranks == 0 and width // ranks % size]
+    return [
+        f"inputs of {width} channels split over {' or '.join(map(str, ranks))} ranks would cut groups of {size}: "
+        "there, engines need a smaller group size, such as w4a16-g32"
+        for (width, size), ranks in cut.items()
+        if ranks
+    ]
 
 
 def _nothing_left(source: StreamedModel, transposed: bool) -> str:
@@ -132,9 +222,9 @@ def unused_modules(source: StreamedModel) -> tuple[str, ...]:
 
 
 def _nbytes(
-    source: StreamedModel, scheme: Scheme, shapes: Mapping[str, tuple[int, ...]], chosen: frozenset[str]
+    source: StreamedModel, shapes: Mapping[str, tuple[int, ...]], schemes: Mapping[str, Scheme]
 ) -> int:
-    grown = (quantized_bytes(scheme, shapes[name]) - replaced_bytes(source, name) for name in chosen)
+    grown = (quantized_bytes(s, shapes[name]) - replaced_bytes(source, name) for name, s in schemes.items())
     return source.checkpoint.nbytes + sum(grown)
 
 
@@ -155,3 +245,10 @@ def is_parameter(source: StreamedModel, name: str) -> bool:
     """Whether a name is that of a parameter, a stack of experts, rather than of a module."""
     owner, _, leaf = name.rpartition(".")
     return leaf in source.model.get_submodule(owner)._parameters
+
+
+def file_names(source: StreamedModel, name: str) -> list[str]:
+    """The modules of the file that a linear, or a stack of experts, is there."""
+    if is_parameter(source, name):
+        return [key.removesuffix(".weight") for key in source.names.sources(name)]
+    return [source.names.source_module(name)]

@@ -157,23 +157,61 @@ def _into_rows(block: nn.Module, producer: Producer, s: Tensor, stored: torch.dt
     return s
 
 
+@dataclass(frozen=True, slots=True)
+class GroupStatistics:
+    """What the smoothing vectors of an input group are made of: over its producer's channels, or its input's.
+
+    absmax, absmean: of the activations (size,), None for a group that saw no token, an idle expert's. weight_absmax,
+    weight_mean: of the weights' columns (size,), both forms of `weight_statistic`.
+    Where several input channels carry one producer channel (grouped-query attention repeats a value head) the largest
+    of their statistics counts.
+    """
+
+    absmax: Tensor | None
+    absmean: Tensor | None
+    weight_absmax: Tensor
+    weight_mean: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        group: InputGroup,
+        matrices: Mapping[Weight, Tensor],
+        absmax: Mapping[Weight, Tensor],
+        absmean: Mapping[Weight, Tensor],
+        group_size: int | None = None,
+    ) -> "GroupStatistics":
+        """Of matrices (out, in), and of absmax and absmean (in,) for the weights that saw tokens."""
+        largest = {w: weight_statistic([matrices[w]]) for w in group.weights}
+        means = {w: weight_statistic([matrices[w]], "mean", group_size) for w in group.weights}
+        return cls(
+            _per_channel(group, absmax) if absmax else None,
+            _per_channel(group, absmean) if absmean else None,
+            _per_channel(group, largest),
+            _per_channel(group, means),
+        )
+
+    def scale(self, alpha: float = 0.5, form: Literal["absmax", "mean", "awq"] = "absmax") -> Tensor:
+        """s = a^alpha / w^(1 - alpha). form: absmax of both; absmax and the mean; or AWQ's two means, normalised."""
+        w = self.weight_absmax if form == "absmax" else self.weight_mean
+        a = self.absmean if form == "awq" else self.absmax
+        if a is None:  # nothing is known of the activations: the weights are evened out, around 1
+            return smoothing_scale(torch.ones_like(w), w, alpha, normalize=True)
+        return smoothing_scale(a, w, alpha, normalize=form == "awq")
+
+
 def group_scale(
     group: InputGroup, matrices: Mapping[Weight, Tensor], absmax: Mapping[Weight, Tensor], alpha: float
 ) -> Tensor:
-    """The one smoothing vector of an input group: over its producer's channels, or its input's if it has none.
+    """The one smoothing vector of an input group, as SmoothQuant has it; see `GroupStatistics`."""
+    w = _per_channel(group, {weight: weight_statistic([matrices[weight]]) for weight in group.weights})
+    seen = {weight: absmax[weight] for weight in group.weights if weight in absmax}
+    return GroupStatistics(_per_channel(group, seen) if seen else None, None, w, w).scale(alpha)
 
-    matrices: (out, in) per weight. absmax: (in,) per weight that saw tokens. Where several input channels carry one
-    producer channel (grouped-query attention repeats a value head) the largest of their statistics counts. A group
-    that saw no token at all, an idle expert's, has its weights evened out instead, around 1.
-    """
-    columns = {weight: weight_statistic([matrices[weight]]) for weight in group.weights}
+
+def _per_channel(group: InputGroup, of: Mapping[Weight, Tensor]) -> Tensor:
+    """The largest of some weights' statistics (in,) at each of the producer's channels, or of the input's."""
     if group.fold is None:
-        w = torch.stack(list(columns.values())).amax(0)
-        seen = [absmax[weight] for weight in group.weights if weight in absmax]
-    else:
-        size, readers = group.fold.producer.size, group.fold.readers
-        w = torch.stack([reader.gather(columns[reader.weight], size) for reader in readers]).amax(0)
-        seen = [reader.gather(absmax[reader.weight], size) for reader in readers if reader.weight in absmax]
-    if not seen:
-        return smoothing_scale(torch.ones_like(w), w, alpha, normalize=True)
-    return smoothing_scale(torch.stack(seen).amax(0), w, alpha)
+        return torch.stack(list(of.values())).amax(0)
+    size, readers = group.fold.producer.size, group.fold.readers
+    return torch.stack([r.gather(of[r.weight], size) for r in readers if r.weight in of]).amax(0)

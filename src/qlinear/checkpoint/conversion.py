@@ -4,7 +4,7 @@ A part is in memory while it is used; its memory then serves the next one. Resul
 and in the shapes of their source, whatever transformers made of them on loading (`recipes`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -89,6 +89,10 @@ class NameMap:
     def sources(self, name: str) -> list[str]:
         """Names in the file of the tensors that make a parameter of the model."""
         return list(self._recipes[self._key[name]].sources)
+
+    def parts_of(self, name: str, stack: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The file's name of each matrix of a stack, and the view of it that is this matrix."""
+        return parts(self._recipes[self._key[name]], stack)
 
     def source_module(self, module_name: str) -> str:
         """Where the file keeps a linear layer: `<this>.weight` is its weight there, so scales go beside it.

@@ -13,15 +13,16 @@ import base64
 import json
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import OutputError
-from .header import BITS, DTYPE_NAMES, read_header
+from .header import BITS, DTYPE_NAMES, DTYPES, read_header
 from .output import sync_folder, write_atomically, writing_to
 from .reader import Checkpoint, as_bytes
 
@@ -90,6 +91,24 @@ class ShardWriter:
         """Append a tensor of a checkpoint, byte for byte; `source` is its name there if it is not `name`."""
         info = checkpoint.info(source or name)
         self._append(name, info.dtype_name, info.shape, info.nbytes, checkpoint.chunks(source or name))
+
+    @property
+    def names(self) -> Set[str]:
+        """The tensors that were added."""
+        return self._names
+
+    def read(self, name: str) -> Tensor:
+        """A tensor that was added."""
+        shard = self._shard
+        if name in shard.late:
+            return _tensor(shard.late[name], base64.b64decode(shard.late[name]["data"]))
+        if name in shard.entries:
+            start, stop = shard.entries[name]["data_offsets"]
+            data = os.pread(self._file, stop - start, 8 + _HEADER_ROOM + start)
+            return _tensor(shard.entries[name], data)
+        headers = (read_header(self._partial(number)) for number in range(1, self._closed + 1))
+        info = next(header[name] for header in headers if name in header)
+        return Checkpoint(self.folder, {}, {name: info}).read(name)
 
     def commit(self) -> dict[str, Any]:
         """Make all that was added durable; returns the JSON-serialisable state that `resume` goes on from."""
@@ -202,6 +221,10 @@ class ShardWriter:
 
 def _final_name(number: int, total: int) -> str:
     return "model.safetensors" if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
+
+
+def _tensor(entry: dict[str, Any], data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
 
 def _write_all(file: int, data: memoryview) -> None:

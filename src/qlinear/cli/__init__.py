@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Optional, cast
@@ -47,6 +47,8 @@ Examples:
 
     qlinear quantize ./Llama-3.2-1B out --calibration mine.jsonl --samples 256
 
+    qlinear quantize ./model out --scheme w4a16 --algorithm gptq --smooth auto --scheme-for '*.down_proj=w8a16'
+
     qlinear quantize ./model out --smooth off --ignore 're:.*down_proj' --ignore lm_head
 """
 )
@@ -54,7 +56,16 @@ def quantize(
     model: Model,
     out: Annotated[Path, typer.Argument(help="The folder to make.")],
     scheme: Annotated[str, typer.Option(help="What weights and activations become.")] = "w8a8",
-    smooth: Annotated[str, typer.Option(help="SmoothQuant's alpha in [0, 1], or `off`.")] = "0.5",
+    algorithm: Annotated[
+        str, typer.Option(help="What makes codes of weights: `rtn`, `gptq`, `awq`.")
+    ] = "rtn",
+    smooth: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="SmoothQuant's alpha in [0, 1], `auto` (searched for each group), or `off`. Default: 0.5; with "
+            "`awq`, its own search."
+        ),
+    ] = None,
     migration_scale: Annotated[
         str,
         typer.Option(help="Which smoothing vectors stay with their layers: `unfolded`, `always`, `never`."),
@@ -74,10 +85,26 @@ def quantize(
             help="Linears to leave in float: a name, a glob or `re:…`. Repeatable. Default: the output head."
         ),
     ] = None,
+    scheme_for: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="`PATTERN=SCHEME`: another scheme for some linears. Repeatable; the last match counts."
+        ),
+    ] = None,
+    keep_worst: Annotated[int, typer.Option(min=0, help="Leave so many of the worst linears in float.")] = 0,
+    propagate: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(
+            help="Calibrate blocks with what the quantized ones before them give. Default: yes, but for `rtn`."
+        ),
+    ] = None,
     dtype: Dtype = None,
     seed: Annotated[int, typer.Option(help="Chooses the calibration sequences.")] = 0,
     max_shard_size: Annotated[str, typer.Option(help="Bytes of one shard: 5GB, 500MB.")] = "5GB",
     overwrite: Annotated[bool, typer.Option(help="Replace the checkpoint that is in OUT.")] = False,
+    resume: Annotated[
+        bool, typer.Option(help="Go on with an unfinished run into OUT, or start anew.")
+    ] = True,
     trust_remote_code: Trust = False,
     revision: Revision = None,
     as_json: AsJson = False,
@@ -88,10 +115,11 @@ def quantize(
 
     with Bars(quiet) as bars:
         result = run(
-            model, out, scheme, smooth=_alpha(smooth), migration_scale=cast(Any, migration_scale), format=format,
-            calibration=calibration, samples=samples, seq_len=seq_len, ignore=ignore, dtype=dtype, seed=seed,
-            max_shard_size=_bytes(max_shard_size), overwrite=overwrite, trust_remote_code=trust_remote_code,
-            revision=revision, progress=bars.update,
+            model, out, scheme, smooth=_alpha(smooth), migration_scale=cast(Any, migration_scale),
+            algorithm=cast(Any, algorithm), propagate=propagate, scheme_for=_pairs(scheme_for),
+            keep_worst=keep_worst, format=format, calibration=calibration, samples=samples, seq_len=seq_len,
+            ignore=ignore, dtype=dtype, seed=seed, max_shard_size=_bytes(max_shard_size), overwrite=overwrite,
+            resume=resume, trust_remote_code=trust_remote_code, revision=revision, progress=bars.update,
         )  # fmt: skip
     _show(result, as_json, show_result)
 
@@ -202,10 +230,21 @@ def _show(value: Any, as_json: bool, show: Callable[[Any], None]) -> None:
         show(value)
 
 
-def _alpha(text: str) -> Any:
-    """`off`, or the number that the text is; what is neither is refused by the function that gets it."""
+def _pairs(texts: Sequence[str] | None) -> dict[str, str]:
+    """`PATTERN=SCHEME` texts as a mapping; the last `=` parts them, for patterns may hold one."""
+    pairs = [text.rpartition("=") for text in texts or ()]
+    for pattern, _, scheme in pairs:
+        if not pattern or not scheme:
+            raise QLinearError(
+                f"--scheme-for must be PATTERN=SCHEME, such as '*.down_proj=w8a16'; got {scheme!r}"
+            )
+    return {pattern: scheme for pattern, _, scheme in pairs}
+
+
+def _alpha(text: str | None) -> Any:
+    """None, `auto`, `off`, or the number that the text is; what is neither is refused by the function that gets it."""
     try:
-        return float(text)
+        return None if text is None else float(text)
     except ValueError:
         return text
 

@@ -1,30 +1,39 @@
 """The orchestrator: what `qlinear quantize` and `qlinear.quantize` do, from validation to the model card.
 
-plan     what is quantized, and what is refused, before the first weight is read
-refusal  what is refused once weights are read, and that it leaves no trace
-loop     one visible loop over the blocks
-finish   what makes a folder of shards a checkpoint
+recipe     what is done to each linear, what is found of a block, what became of it
+refusal    what is refused once weights are read, and that it leaves no trace
+loop       one visible loop over the blocks:
+  smoothing    the vector of each group of linears
+  rounding     the algorithm that makes codes of their weights
+  writing      what a block becomes in the file
+  reserve      the most sensitive linears, held back
+  simulate     what the next blocks see of a quantized one
+journal    what is finished, for a run that is killed
+finish     what makes a folder of shards a checkpoint
 """
 
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from ..checkpoint import Checkpoint, ShardWriter, clear, require_empty, require_space
+from ..checkpoint import Checkpoint, StreamedModel, clear, require_empty, require_space
+from ..checkpoint.layout import Layout
 from ..checkpoint.layouts import get_layout
 from ..data import Source
-from ..errors import SchemeError
+from ..errors import OutputError, SchemeError
 from ..inputs import calibration_ids, open_model
-from ..plan import make_plan
+from ..plan import Plan, file_names, make_plan
 from ..scheme import Scheme, get_scheme
 from .finish import finish
-from .loop import Job, Keep, Layer, Progress, Recipe
+from .journal import begin, discard, identity, is_unfinished
+from .loop import Job
+from .recipe import Algorithm, Keep, Layer, Progress, Recipe
 from .refusal import leaving_no_trace, require_finite, require_floats
 
 __all__ = ["Layer", "Result", "quantize"]
@@ -48,8 +57,12 @@ def quantize(
     out: str | Path,
     scheme: str | Scheme = "w8a8",
     *,
-    smooth: float | Literal["off"] = 0.5,
+    smooth: float | Literal["auto", "off"] | None = None,
     migration_scale: Keep = "unfolded",
+    algorithm: Algorithm = "rtn",
+    propagate: bool | None = None,
+    scheme_for: Mapping[str, str | Scheme] | None = None,
+    keep_worst: int = 0,
     format: str = "compressed-tensors",
     calibration: Source = "demo",
     samples: int = 128,
@@ -59,6 +72,7 @@ def quantize(
     seed: int = 0,
     max_shard_size: int = 5 * 10**9,
     overwrite: bool = False,
+    resume: bool = True,
     trust_remote_code: bool = False,
     revision: str | None = None,
     progress: Progress = lambda stage, done, total: None,
@@ -66,47 +80,85 @@ def quantize(
     """Quantize the linears of a checkpoint's decoder blocks, and write the result to a new folder.
 
     model: a checkpoint folder, a Hub id, or "demo". out: the folder to make. scheme: a preset's name, or a Scheme;
-    "none" smooths and rounds nothing. smooth: alpha of SmoothQuant, or "off". migration_scale: which smoothing vectors
-    stay with their layers, where `format` has a place for them: those that no producer can take ("unfolded"), all
-    ("always") or none ("never"). format: "compressed-tensors", "lmdeploy", "awq" or "qlinear". calibration: text (a
-    file, "demo", a Hub id, an iterable of strings), "random", or token ids (n, seq_len). samples, seq_len: how much of
-    it is used. ignore: patterns of linears to leave in float; the output head if None. dtype: what the calibration
-    computes in. progress: called with (stage, done, total).
+    "none" smooths and rounds nothing. smooth: alpha of SmoothQuant; "auto" to search it for each group; "off"; None for
+    0.5, or for AWQ's own search where `algorithm` is that. migration_scale: which smoothing vectors stay with their
+    layers, where `format` has a place for them: those that no producer can take ("unfolded"), all ("always") or none
+    ("never"). algorithm: "rtn", "gptq" or "awq". propagate: whether blocks are calibrated with what the quantized
+    blocks before them give; None for yes, unless rounding to nearest. scheme_for: other schemes by pattern of names.
+    keep_worst: how many of the most sensitive linears to leave in float. format: "compressed-tensors", "lmdeploy",
+    "awq" or "qlinear". calibration: text (a file, "demo", a Hub id, an iterable of strings), "random", or token ids
+    (n, seq_len). samples, seq_len: how much of it is used. ignore: patterns of linears to leave in float; the output
+    head if None. dtype: what the calibration computes in. resume: go on with an unfinished run into `out`; False
+    starts anew. progress: called with (stage, done, total).
     Raises QLinearError, before any work, for whatever cannot be done; nothing is written then.
     """
     began = time.monotonic()
-    wanted, alpha, out = None if scheme == "none" else get_scheme(scheme), _alpha(smooth), Path(out)
+    wanted, out = None if scheme == "none" else get_scheme(scheme), Path(out)
+    if max_shard_size < 1:
+        raise OutputError(f"max_shard_size must be at least 1 byte; got {max_shard_size}")
     layout = get_layout(format)
     keep = _kept(migration_scale, format, wanted)
     source = open_model(model, dtype, trust_remote_code, revision)
     source.checkpoint.require_unquantized()
-    require_empty(out, overwrite, source.checkpoint.path)
-    plan = make_plan(source, wanted, ignore, transposed=format in ("qlinear", "lmdeploy"))
+    goes_on = resume and not overwrite and is_unfinished(out)
+    if not goes_on:
+        require_empty(out, overwrite or is_unfinished(out), source.checkpoint.path)
+    others = {pattern: get_scheme(each) for pattern, each in (scheme_for or {}).items()}
+    plan = make_plan(source, wanted, ignore, format in ("qlinear", "lmdeploy"), others)
+    recipe = Recipe(
+        plan.schemes, layout, _algorithm(algorithm), _smoothing(smooth, algorithm, wanted),
+        algorithm != "rtn" if propagate is None else propagate, _count(keep_worst, wanted), keep,
+    )  # fmt: skip
     require_floats(source, plan)
-    config = None if wanted is None else layout.quantization_config(wanted, plan.ignored)
+    config = _config(source, layout, plan, ())
     require_space(out, plan.nbytes)
-    needs_data = alpha is not None or (wanted is not None and wanted.is_static)
-    tokens = calibration_ids(calibration, source, samples, seq_len, seed) if needs_data else None
-    require_finite(source, progress)
-    existed = out.is_dir()
-    clear(out)
-    writer = ShardWriter(out, max_shard_size)
-    job = Job(source, writer, Recipe(wanted, plan.chosen, alpha, layout, keep), tokens, progress)
-    with leaving_no_trace(writer, existed):
-        job.run()
+    tokens = calibration_ids(calibration, source, samples, seq_len, seed) if recipe.needs_data else None
     settings = {
-        "scheme": "none" if wanted is None else wanted.name, "format": format, "smooth": smooth,
-        "migration_scale": keep, "samples": 0 if tokens is None else len(tokens),
+        "scheme": "none" if wanted is None else wanted.name, "format": format, "algorithm": algorithm,
+        "smooth": "off" if recipe.smooth is None else recipe.smooth, "migration_scale": keep,
+        "propagate": recipe.propagate, "scheme_for": {pattern: each.name for pattern, each in others.items()},
+        "keep_worst": keep_worst, "ignore": None if ignore is None else list(ignore),
+        "samples": 0 if tokens is None else len(tokens),
         "seq_len": seq_len if tokens is None else tokens.shape[1], "seed": seed,
-        "dtype": str(source.dtype).removeprefix("torch."),
+        "dtype": str(source.dtype).removeprefix("torch."), "max_shard_size": max_shard_size,
     }  # fmt: skip
+    existed = out.is_dir()
+    if not goes_on:
+        require_finite(source, progress)
+        discard(out)
+        clear(out)
+    job = Job(
+        source, *begin(out, settings | identity(source, tokens), max_shard_size), recipe, tokens, progress
+    )
+    with leaving_no_trace(job, existed):
+        job.run()
+    if job.kept:
+        config = _config(source, layout, plan, job.kept)
     record = {"settings": settings, "layers": [asdict(layer) for layer in job.layers]}
     untied = source.head_name in plan.chosen and source.model.config.tie_word_embeddings
     finish(out, source, config, untied, record)
+    job.journal.remove()
     return Result(
         str(out), time.monotonic() - began, peak_rss(), Checkpoint.open(out).nbytes, source.checkpoint.nbytes,
-        tuple(job.layers), tuple(job.warnings),
+        tuple(job.layers), (*plan.notes, *job.warnings),
     )  # fmt: skip
+
+
+def _config(source: StreamedModel, layout: Layout, plan: Plan, kept: Sequence[str]) -> dict[str, Any] | None:
+    """config.json's part on quantization, for the linears that are not `kept` in float after all."""
+    if not plan.schemes:
+        return None
+    left = dict.fromkeys(name for each in kept for name in (each, source.names.source_module(each)))
+    used = {scheme for name, scheme in plan.schemes.items() if name not in left}
+    if len(used) == 1:
+        return layout.quantization_config(used.pop(), (*plan.ignored, *left))
+    named = {
+        file_name: scheme
+        for name, scheme in plan.schemes.items()
+        if name not in left
+        for file_name in file_names(source, name)
+    }
+    return layout.quantization_config(named, (*plan.ignored, *left))
 
 
 def _kept(migration_scale: Keep, format: str, scheme: Scheme | None) -> Keep:
@@ -121,12 +173,37 @@ def _kept(migration_scale: Keep, format: str, scheme: Scheme | None) -> Keep:
     return migration_scale if has_place else "never"
 
 
-def _alpha(smooth: float | str) -> float | None:
+def _algorithm(algorithm: Algorithm) -> Algorithm:
+    if algorithm not in ("rtn", "gptq", "awq"):
+        raise SchemeError(f"algorithm must be rtn, gptq or awq; got {algorithm!r}")
+    return algorithm
+
+
+def _smoothing(
+    smooth: float | str | None, algorithm: Algorithm, scheme: Scheme | None
+) -> float | Literal["auto", "awq"] | None:
+    if smooth is None:
+        return "awq" if algorithm == "awq" else 0.5
     if smooth == "off":
         return None
+    if smooth == "auto":
+        if scheme is None:
+            raise SchemeError(
+                "smooth 'auto' looks for the least error of a scheme, and scheme 'none' has none: give a number"
+            )
+        return "auto"
     if isinstance(smooth, str) or not 0 <= smooth <= 1:
-        raise SchemeError(f"smooth must be a number in [0, 1] or 'off'; got {smooth!r}")
+        raise SchemeError(f"smooth must be a number in [0, 1], 'auto' or 'off'; got {smooth!r}")
     return float(smooth)
+
+
+def _count(keep_worst: int, scheme: Scheme | None) -> int:
+    if keep_worst < 0 or (keep_worst and scheme is None):
+        raise SchemeError(
+            f"keep_worst must be 0 or more, and 0 where nothing is quantized; got {keep_worst} with scheme "
+            f"{'none' if scheme is None else scheme.name!r}"
+        )
+    return keep_worst
 
 
 def peak_rss() -> int:

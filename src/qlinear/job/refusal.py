@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint import Checkpoint, ShardWriter, StreamedModel, clear
+from ..checkpoint import Checkpoint, StreamedModel, clear
 from ..errors import CheckpointError, NumericsError, StructureError
 from ..plan import Plan, is_parameter
+from .loop import Job
 
 _FLOAT = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -61,18 +62,22 @@ def _count_bad(x: Tensor) -> int:
 
 
 @contextmanager
-def leaving_no_trace(writer: ShardWriter, existed: bool) -> Iterator[None]:
+def leaving_no_trace(job: Job, existed: bool) -> Iterator[None]:
     """Inside, a model that turns out to be unfit takes back what was written of it, and a folder made for it.
 
-    A disk that is full or fails is another matter: what was finished until then stays.
+    A disk that is full or fails is another matter: what was finished until then stays, to be taken up again.
     """
     try:
         yield
     except (CheckpointError, NumericsError, StructureError):
-        writer.close()
-        clear(writer.folder)
+        job.blocks.writer.close()
+        job.journal.remove()
+        clear(job.out)
         if not existed:
-            _remove_if_empty(writer.folder)
+            _remove_if_empty(job.out)
+        raise
+    except BaseException:
+        job.journal.close()
         raise
 
 

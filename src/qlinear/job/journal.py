@@ -1,0 +1,194 @@
+"""What a run has finished, so that one that was killed goes on from there and gives the same bytes.
+
+OUT/.qlinear holds, until the result is whole:
+
+    lock                  held while a process writes there; the system lets go of it when the process dies
+    journal.json          settings, finished blocks, and where the shards ended when the last of them was written
+    BLOCK.safetensors     the smoothing of a finished block, by which its part of the calibration is done again
+
+A block is in the journal after its tensors are on the disk; whatever lies in the shards behind that is cut off.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ..checkpoint import ShardWriter, StreamedModel, clear, write_atomically
+from ..checkpoint.output import writing_to
+from ..errors import OutputError
+from ..structure import Weight
+from .recipe import Findings, Layer
+
+_FOLDER = ".qlinear"
+
+
+@dataclass(slots=True)
+class Done:
+    """Finished blocks by name, and what is to be said of their linears."""
+
+    blocks: list[str] = field(default_factory=list)
+    layers: list[Layer] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+class Journal:
+    """The journal of a run into `out`; `open` takes it up or begins it, `remove` ends it.
+
+    done: what an earlier run with the same settings has finished. shards: the writer's state then, None if it began
+    nothing.
+    """
+
+    def __init__(self, out: Path, settings: Mapping[str, Any], lock: int) -> None:
+        self.folder, self.settings = out / _FOLDER, dict(settings)
+        self.done, self.shards = Done(), None
+        self._lock = lock
+
+    @classmethod
+    def open(cls, out: str | Path, settings: Mapping[str, Any]) -> "Journal":
+        """Take up the journal in `out`, or begin one. Raises OutputError where another run writes there, or where an
+        unfinished one had other settings, which are named."""
+        folder = Path(out) / _FOLDER
+        with writing_to(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        self = cls(Path(out), settings, _locked(folder))
+        file = folder / "journal.json"
+        if file.is_file():
+            self._take_up(json.loads(file.read_text()))
+        else:
+            self._save([], [], [], None)
+        return self
+
+    def _take_up(self, found: Mapping[str, Any]) -> None:
+        before = found["settings"]
+        differ = [
+            f"{key} was {before.get(key)!r} and is now {self.settings.get(key)!r}"
+            for key in sorted({*before, *self.settings})
+            if before.get(key) != self.settings.get(key)
+        ]
+        if differ:
+            self.close()
+            raise OutputError(
+                f"{self.folder.parent} holds an unfinished run with other settings ({'; '.join(differ)}): "
+                "use those, choose another folder, or start anew with --no-resume"
+            )
+        layers = [Layer(**layer | {"curve": tuple(map(tuple, layer["curve"]))}) for layer in found["layers"]]
+        self.done = Done(found["blocks"], layers, found["warnings"])
+        self.shards = found["shards"]
+
+    def record(
+        self, found: Findings, layers: Sequence[Layer], warnings: Sequence[str], writer: ShardWriter
+    ) -> None:
+        """A block is finished, and in the shards."""
+        write_atomically(self._file(len(self.done.blocks)), _smoothing_as_bytes(found))
+        self._save([*self.done.blocks, found.name], layers, warnings, writer.commit())
+
+    def _save(
+        self,
+        blocks: list[str],
+        layers: Sequence[Layer],
+        warnings: Sequence[str],
+        shards: dict[str, Any] | None,
+    ) -> None:
+        entry = {
+            "settings": self.settings, "blocks": blocks, "layers": [asdict(layer) for layer in layers],
+            "warnings": list(warnings), "shards": shards,
+        }  # fmt: skip
+        write_atomically(self.folder / "journal.json", json.dumps(entry).encode())
+        self.done = Done(blocks, list(layers), list(warnings))
+
+    def restore(self, found: Findings) -> None:
+        """Give a finished block the smoothing that it had; gains and biases are changed in the block itself."""
+        with safe_open(self._file(self.done.blocks.index(found.name)), "pt") as stored:
+            names = stored.metadata()
+            for part in ("columns", "rows", "migration"):
+                into: dict[Weight, Tensor] = getattr(found.smoothing, part)
+                for i, key in enumerate(json.loads(names[part])):
+                    into[Weight(*key)] = stored.get_tensor(f"{part}.{i}")
+            with torch.no_grad():
+                for i, name in enumerate(json.loads(names["changed"])):
+                    found.block.get_parameter(name).copy_(stored.get_tensor(f"changed.{i}"))
+
+    def _file(self, position: int) -> Path:
+        return self.folder / f"block-{position:05d}.safetensors"
+
+    def close(self) -> None:
+        """Let go of the folder, which another run may then take up."""
+        os.close(self._lock)
+
+    def remove(self) -> None:
+        """The result is whole: nothing is left to be taken up."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.close()
+
+
+def begin(out: Path, settings: Mapping[str, Any], max_shard_size: int) -> tuple[ShardWriter, Journal]:
+    """What writes a run into `out` and remembers it: taken up where an earlier one left off, or new."""
+    journal = Journal.open(out, settings)
+    if journal.shards is None:
+        clear(out)
+        return ShardWriter(out, max_shard_size), journal
+    return ShardWriter.resume(out, journal.shards), journal
+
+
+def identity(source: StreamedModel, tokens: Tensor | None) -> dict[str, str]:
+    """What, besides its settings, decides what a run writes: the model, the text, and who computes."""
+    text = "none" if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    packages = {name: version(name) for name in ("qlinear", "torch", "transformers")}
+    return {"model": source.checkpoint.fingerprint(), "calibration": text, **packages}
+
+
+def is_unfinished(out: str | Path) -> bool:
+    """Whether a folder holds a run that can be taken up."""
+    return (Path(out) / _FOLDER / "journal.json").is_file()
+
+
+def discard(out: str | Path) -> None:
+    """Give up an unfinished run. Raises OutputError where it is still at work."""
+    folder = Path(out) / _FOLDER
+    if folder.is_dir():
+        lock = _locked(folder)
+        shutil.rmtree(folder)
+        os.close(lock)
+
+
+def _locked(folder: Path) -> int:
+    """The folder's lock, held. Raises OutputError if another process holds it."""
+    with writing_to(folder):
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise OutputError(
+            f"another run is writing to {folder.parent}: wait for it, or choose another folder"
+        ) from None
+    return lock
+
+
+def _smoothing_as_bytes(found: Findings) -> bytes:
+    """Everything that smoothing did to a block, as a safetensors file."""
+    smoothing, names = found.smoothing, {}
+    tensors: dict[str, Tensor] = {}
+    for part, vectors in (
+        ("columns", smoothing.columns), ("rows", smoothing.rows), ("migration", smoothing.migration),
+    ):  # fmt: skip
+        names[part] = json.dumps([[w.name, w.transposed, w.index] for w in vectors])
+        tensors |= {f"{part}.{i}": vector.clone().contiguous() for i, vector in enumerate(vectors.values())}
+    changed = sorted(smoothing.changed)
+    names["changed"] = json.dumps(changed)
+    tensors |= {
+        f"changed.{i}": found.block.get_parameter(name).detach().clone() for i, name in enumerate(changed)
+    }
+    return bytes(save(tensors, names))

@@ -1,0 +1,125 @@
+"""What is to be done to a model's linears, what was found of a block, and what became of each linear."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..algorithms.search import Search
+from ..calibrate import InputStats
+from ..checkpoint.layout import Layout
+from ..scheme import Scheme
+from ..smooth import Smoothing
+from ..structure import InputGroup, Weight
+
+Progress = Callable[[str, int, int], None]
+Migration = Literal["folded", "kept", "none"]
+Keep = Literal["unfolded", "always", "never"]
+Algorithm = Literal["rtn", "gptq", "awq"]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What became of one linear.
+
+    error: relative, of its output on calibration tokens (of its weight where there were none); rtn_error: what round
+    to nearest would have given; share: of the squared errors of all linears. migration: where its smoothing lives;
+    folded_into: the module that took it. alpha: of its smoothing; curve: what every (form, alpha) that was tried would
+    have cost. group: the first of the linears that read what it reads.
+    """
+
+    name: str
+    scheme: str
+    error: float
+    rtn_error: float
+    share: float
+    migration: Migration
+    folded_into: str | None = None
+    group: str | None = None
+    alpha: float | None = None
+    curve: tuple[tuple[str, float, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What is done to the linears of a model.
+
+    schemes: of those that are quantized, by their names; empty to smooth alone. layout: what the result is written as.
+    smooth: alpha, "auto" to search it for each group, "awq" for AWQ's own search, None for none. propagate: whether
+    blocks see what the quantized blocks before them give. keep_worst: how many linears to leave in float.
+    migration_scale: which vectors stay with their layers: those that nothing can take ("unfolded"), all ("always") or
+    none ("never").
+    """
+
+    schemes: Mapping[str, Scheme]
+    layout: Layout
+    algorithm: Algorithm = "rtn"
+    smooth: float | Literal["auto", "awq"] | None = 0.5
+    propagate: bool = False
+    keep_worst: int = 0
+    migration_scale: Keep = "never"
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration text passes through the model."""
+        is_static = any(scheme.is_static for scheme in self.schemes.values())
+        return self.smooth is not None or self.algorithm != "rtn" or is_static or self.keep_worst > 0
+
+
+@dataclass(slots=True)
+class Findings:
+    """A block, what calibration found of its inputs and their groups, and the smoothing that followed.
+
+    name: the block's. stored_dtype: of a parameter of the block in the file. searches: what was tried for each weight,
+    where smoothing was searched.
+    """
+
+    name: str
+    block: nn.Module
+    stored_dtype: Callable[[str], torch.dtype]
+    stats: Mapping[Weight, InputStats] = field(default_factory=dict)
+    groups: Sequence[InputGroup] = ()
+    smoothing: Smoothing = field(default_factory=Smoothing)
+    searches: dict[Weight, Search] = field(default_factory=dict)
+
+    def full_name(self, weight: Weight) -> str:
+        """What plans call a weight: its module's name, or the parameter's where it is one matrix of a stack."""
+        return joined(self.name, weight.module if weight.index is None else weight.name)
+
+    def matrix(self, weight: Weight) -> Tensor:
+        """A weight (out, in) as smoothed by now, float32."""
+        return self.smoothing.apply(weight, weight.of(self.block).detach())
+
+    def columns(self, weight: Weight) -> Tensor:
+        """What a weight's columns were multiplied by, and its input therefore is divided by: (in,), or () if 1."""
+        return self.smoothing.columns.get(weight, torch.ones((), device=weight.of(self.block).device))
+
+    def leader(self, weight: Weight) -> Weight | None:
+        """The first of the weights that share this one's smoothing vector."""
+        return next((group.weights[0] for group in self.groups if weight in group.weights), None)
+
+    def weights(self) -> list[Weight]:
+        """All that multiplies in the block, as far as is known: what was seen to, and every `nn.Linear`."""
+        linears = [
+            Weight(joined(name, "weight"))
+            for name, module in self.block.named_modules()
+            if isinstance(module, nn.Linear)
+        ]
+        seen = [weight for group in self.groups for weight in group.weights]
+        return list(dict.fromkeys([*seen, *linears]))
+
+    def merge_groups(self, weights: Sequence[Weight]) -> list[list[Weight]]:
+        """`weights` parted into what an engine may merge: linears of one module that read the same tensor."""
+        groups: dict[object, list[Weight]] = {}
+        for weight in weights:
+            stats = self.stats.get(weight)
+            read = weight if stats is None else id(stats)
+            groups.setdefault((weight.module.rpartition(".")[0], read), []).append(weight)
+        return list(groups.values())
+
+
+def joined(prefix: str, name: str) -> str:
+    """Two parts of a module's name as one."""
+    return f"{prefix}.{name}" if prefix and name else prefix or name

@@ -1,0 +1,150 @@
+"""From smoothed weights to codes: the algorithm of the recipe, for all weights that read one tensor at a time."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..algorithms import clip, factorize, gptq, round_to_nearest
+from ..algorithms.group import Group
+from ..calibrate import InputStats
+from ..checkpoint.layout import QuantizedLinear
+from ..numerics import QuantizedTensor, qparams_from_range
+from ..scheme import Scheme, TensorFormat
+from ..structure import Weight
+from .recipe import Algorithm, Findings, Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """A weight's codes, and the relative error of its output on the sample: with them, and rounded to nearest."""
+
+    weight: Weight
+    held: QuantizedLinear
+    error: float
+    rtn_error: float
+    note: str | None = None
+
+
+def grouped(found: Findings, weights: Sequence[Weight], recipe: Recipe) -> list[tuple[list[Weight], Group]]:
+    """`weights` that are quantized and saw tokens, by the tensor and the scheme: the units of the algorithms.
+
+    Matrices are smoothed as far as smoothing has got; statistics are those of the tensor as the model has it.
+    """
+    units: dict[tuple[int, Scheme], list[Weight]] = {}
+    for weight in weights:
+        scheme, stats = recipe.schemes.get(found.full_name(weight)), found.stats.get(weight)
+        if scheme is not None and stats is not None:
+            units.setdefault((id(stats), scheme), []).append(weight)
+    return [
+        (members, _group(found, members, scheme, found.stats[members[0]]))
+        for (_, scheme), members in units.items()
+    ]
+
+
+def _group(found: Findings, members: Sequence[Weight], scheme: Scheme, stats: InputStats) -> Group:
+    return Group(
+        {found.full_name(weight) + _slice(weight): found.matrix(weight) for weight in members},
+        scheme, stats.min, stats.max, stats.absmean, stats.sample.float(), stats.moment,
+        scale_dtype(scheme, found.stored_dtype(members[0].name)),
+    )  # fmt: skip
+
+
+def _slice(weight: Weight) -> str:
+    return "" if weight.index is None else f"[{weight.index}]"
+
+
+def scale_dtype(scheme: Scheme, stored: torch.dtype) -> torch.dtype:
+    """What the scales of a weight of a stored dtype are stored in: engines hold those of 4-bit weights as that."""
+    return stored if scheme.weight.bits == 4 else torch.float32
+
+
+def divided(group: Group, columns: Tensor) -> Group:
+    """The group with its input divided by what its weights' columns have been multiplied by: (in,) or ()."""
+    moment = group.moment
+    if moment is not None and columns.dim():
+        moment = moment / columns / columns.unsqueeze(1)
+    return replace(
+        group, low=group.low / columns, high=group.high / columns, absmean=group.absmean / columns,
+        sample=group.sample / columns, moment=moment,
+    )  # fmt: skip
+
+
+def round_weights(found: Findings, weights: Sequence[Weight], recipe: Recipe) -> Iterator[Rounded]:
+    """Codes of those of `weights` that the recipe quantizes, one unit after another."""
+    units = grouped(found, weights, recipe)
+    with_data = {weight for members, _ in units for weight in members}
+    for members, group in units:
+        yield from _round_unit(found, members, divided(group, found.columns(members[0])), recipe.algorithm)
+    for weight in weights:
+        scheme = recipe.schemes.get(found.full_name(weight))
+        if scheme is not None and weight not in with_data:
+            yield _without_data(found, weight, scheme)
+
+
+def _without_data(found: Findings, weight: Weight, scheme: Scheme) -> Rounded:
+    matrix = found.matrix(weight)
+    dtype = scale_dtype(scheme, found.stored_dtype(weight.name))
+    quantized = round_to_nearest(matrix, scheme, found.full_name(weight), dtype)
+    held = QuantizedLinear(scheme, quantized, dtype, migration_scale=found.smoothing.migration.get(weight))
+    error = relative(quantized.dequantize(), matrix)
+    return Rounded(weight, held, error, error)
+
+
+def _round_unit(
+    found: Findings, members: Sequence[Weight], group: Group, algorithm: Algorithm
+) -> Iterator[Rounded]:
+    activation, x = group.scheme.activation, group.quantized_sample()
+    inputs: tuple[Tensor | None, Tensor | None] = (None, None)
+    if activation is not None and not activation.dynamic:
+        inputs = input_qparams(group.low, group.high, activation)
+    results = _algorithm(group, algorithm)
+    for weight, (name, matrix) in zip(members, group.weights.items(), strict=True):
+        quantized, note = results[name]
+        exact = group.sample @ matrix.T
+        error = rtn_error = relative(x @ quantized.dequantize().T, exact)
+        if algorithm != "rtn":
+            nearest = round_to_nearest(matrix, group.scheme, name, group.scale_dtype)
+            rtn_error = relative(x @ nearest.dequantize().T, exact)
+        held = QuantizedLinear(
+            group.scheme, quantized, group.scale_dtype, *inputs, found.smoothing.migration.get(weight)
+        )
+        yield Rounded(weight, held, error, rtn_error, note)
+
+
+def _algorithm(group: Group, algorithm: Algorithm) -> dict[str, tuple[QuantizedTensor, str | None]]:
+    """Codes of every weight of a group, and what a user should know of how they came about."""
+    if algorithm == "awq":
+        return {name: (clipped.weight, None) for name, clipped in clip(group).items()}
+    if algorithm == "gptq" and group.moment is not None:
+        return _gptq(group, group.moment)
+    return {
+        name: (round_to_nearest(matrix, group.scheme, name, group.scale_dtype), None)
+        for name, matrix in group.weights.items()
+    }
+
+
+def _gptq(group: Group, moment: Tensor) -> dict[str, tuple[QuantizedTensor, str | None]]:
+    factor = factorize(moment, name=next(iter(group.weights)))
+    made = {}
+    for name, matrix in group.weights.items():
+        rounded = gptq(matrix, group.scheme, moment, factor, scale_dtype=group.scale_dtype, name=name)
+        note = None
+        if rounded.fell_back:
+            note = "its second moments could not be factorized: rounded to nearest"
+        elif rounded.damping is not None and rounded.damping > 0.011:
+            note = f"its second moments needed damping of {rounded.damping:.2g}: more calibration data would help"
+        made[name] = rounded.weight, note
+    return made
+
+
+def input_qparams(low: Tensor, high: Tensor, activation: TensorFormat) -> tuple[Tensor, Tensor | None]:
+    """The one static scale (1,) and zero point (1,) of an input, from each channel's extremes (in,)."""
+    return qparams_from_range(low.amin().reshape(1), high.amax().reshape(1), activation)
+
+
+def relative(actual: Tensor, exact: Tensor) -> float:
+    """|actual - exact| / |exact|; 0 where exact is."""
+    norm = float(exact.norm())
+    return float((actual - exact).norm()) / norm if norm else 0.0

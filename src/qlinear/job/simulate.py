@@ -1,0 +1,67 @@
+"""A block that computes as its quantized self will, in float: what the blocks after it are calibrated with.
+
+Weights become what their codes stand for, and the inputs of linears pass through the codes of their activations. No
+module is replaced, so code that reads a linear's weight rather than calling it sees the same.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..checkpoint.layout import QuantizedLinear
+from ..numerics import QuantizedTensor, choose_qparams, dequantize, quantize
+from .recipe import Findings
+from .rounding import Rounded
+
+
+@contextmanager
+def simulated(found: Findings, rounded: Sequence[Rounded]) -> Iterator[None]:
+    """While open, inputs are rounded; the weights of the block stay rounded for good."""
+    hooks = []
+    try:
+        for each in rounded:
+            held, matrix = each.held, each.weight.of(found.block).detach()
+            if matrix.dim() > 2:
+                _copy_experts(held.weight, matrix)
+                continue
+            floats = held.weight.dequantize()
+            matrix.copy_(floats if held.migration_scale is None else floats / held.migration_scale)
+            if held.scheme.activation is not None:
+                module = found.block.get_submodule(each.weight.module)
+                hooks.append(module.register_forward_pre_hook(_rounding_input(held)))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _copy_experts(weight: QuantizedTensor, stack: Tensor) -> None:
+    """Experts (experts, out, in), one at a time. What they read is not rounded: no module stands before each."""
+    for i, expert in enumerate(stack):
+        zero_point = None if weight.zero_point is None else weight.zero_point[i]
+        expert.copy_(
+            QuantizedTensor(weight.codes[i], weight.scale[i], zero_point, weight.format).dequantize()
+        )
+
+
+def _rounding_input(held: QuantizedLinear) -> Any:
+    """A hook that replaces a linear's input x (*, in) by what its codes stand for."""
+    activation = held.scheme.activation
+    assert activation is not None
+
+    def rounded(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = args[0].float()
+        if held.migration_scale is not None:
+            x = x / held.migration_scale
+        if held.input_scale is None:
+            qparams = choose_qparams(x, activation)
+        else:
+            qparams = held.input_scale, held.input_zero_point
+        x = dequantize(quantize(x, *qparams, activation), *qparams, activation)
+        if held.migration_scale is not None:
+            x = x * held.migration_scale
+        return (x.to(args[0].dtype), *args[1:])
+
+    return rounded

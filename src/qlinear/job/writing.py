@@ -1,0 +1,205 @@
+"""What a block becomes in the file: codes for what was chosen, what smoothing changed, and the rest as it was."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..algorithms.search import Search
+from ..checkpoint import ShardWriter, StreamedModel
+from ..checkpoint.layout import QuantizedLinear
+from ..numerics import QuantizedTensor
+from ..plan import file_names
+from ..structure import Weight
+from .journal import Done
+from .recipe import Findings, Layer, Migration, Recipe, joined
+from .reserve import Reserve, Unit
+from .rounding import Rounded, round_weights
+
+
+class BlockWriter:
+    """Rounds and writes one block after another; `layers` and `warnings` tell what became of them."""
+
+    def __init__(self, source: StreamedModel, writer: ShardWriter, recipe: Recipe, done: Done) -> None:
+        self.source, self.writer, self.recipe = source, writer, recipe
+        self.layers, self.warnings = list(done.layers), list(done.warnings)
+        self.kept: list[str] = []
+        self._reserve = Reserve(recipe.keep_worst)
+
+    def write(self, found: Findings) -> list[Rounded]:
+        """Round what was chosen of a block and write it; the block's weights are smoothed when this returns."""
+        changed, rounded = set(found.smoothing.changed), []
+        weights = found.weights()
+        stacks = self._stacks(found)
+        for members in found.merge_groups([weight for weight in weights if weight.name not in stacks]):
+            made = list(round_weights(found, members, self.recipe))
+            rounded += made
+            quantized = {each.weight for each in made}
+            for weight in members:
+                self._smooth_in_place(found, weight)
+                if weight not in quantized and found.smoothing.touches(weight):
+                    changed.add(weight.name)
+            self._emit(self._unit(found, made))
+        for name in stacks:
+            rounded.append(self._write_stack(found, name, [w for w in weights if w.name == name]))
+        floats = changed.difference(stacks)
+        self._write_float({joined(found.name, name): found.block.get_parameter(name) for name in floats})
+        return rounded
+
+    def _smooth_in_place(self, found: Findings, weight: Weight) -> None:
+        """Leave the smoothed weight in the block: for what stays float, and for the tokens that check the folds."""
+        if found.smoothing.touches(weight):
+            matrix = weight.of(found.block).detach()
+            matrix.copy_(found.smoothing.apply(weight, matrix, kept=False))
+
+    def _unit(self, found: Findings, made: Sequence[Rounded]) -> Unit:
+        """What is written of some weights, and what would be if they stayed in float."""
+        tensors: dict[str, Tensor] = {}
+        layers = []
+        for each in made:
+            name = found.full_name(each.weight)
+            module = self.source.names.source_module(name)
+            tensors |= self.recipe.layout.pack(module, each.held)
+            layers.append(self._layer(name, each.held, each.error, each.rtn_error, each.weight, found))
+            if each.note:
+                self.warnings.append(f"{name}: {each.note}")
+        floats = {}
+        if self.recipe.keep_worst:
+            names = {joined(found.name, each.weight.name): each.weight.name for each in made}
+            floats = {
+                full: self._stored(full, found.block.get_parameter(name)).clone()
+                for full, name in names.items()
+            }
+        return Unit(tuple(layers), tensors, floats)
+
+    def _emit(self, unit: Unit) -> None:
+        for each in self._reserve.offer(unit):
+            self._write_quantized(each)
+
+    def _write_quantized(self, unit: Unit) -> None:
+        for key, tensor in unit.tensors.items():
+            self.writer.add(key, tensor)
+        self.layers += unit.layers
+
+    def _write_stack(self, found: Findings, name: str, seen: Sequence[Weight]) -> Rounded:
+        """Experts (experts, out, in) that the file holds one by one: each becomes a quantized linear there."""
+        full, count = joined(found.name, name), len(found.block.get_parameter(name))
+        by_index = {weight.index: weight for weight in seen}
+        weights = [by_index.get(i, Weight(name, False, i)) for i in range(count)]
+        made = sorted(round_weights(found, weights, self.recipe), key=lambda each: each.weight.index or 0)
+        for weight in weights:
+            self._smooth_in_place(found, weight)
+        held = replace(made[0].held, weight=_stacked([each.held.weight for each in made]))
+        self._write_experts(full, held)
+        error, rtn_error = (
+            sum(values) / count for values in ([e.error for e in made], [e.rtn_error for e in made])
+        )
+        self.layers.append(self._layer(full, held, error, rtn_error, weights[0], found))
+        return Rounded(Weight(name), held, error, rtn_error)
+
+    def _write_experts(self, name: str, held: QuantizedLinear) -> None:
+        """Each expert of a stack under the file's name for it."""
+        to_sources, weight = self.source.names.to_sources, held.weight
+        codes, scales = to_sources({name: weight.codes}), to_sources({name: weight.scale})
+        zeros = {} if weight.zero_point is None else to_sources({name: weight.zero_point})
+        for key, code in codes.items():
+            one = QuantizedTensor(code.contiguous(), scales[key].contiguous(), zeros.get(key), weight.format)
+            expert = replace(held, weight=one)
+            for full, tensor in self.recipe.layout.pack(key.removesuffix(".weight"), expert).items():
+                self.writer.add(full, tensor)
+
+    def _layer(
+        self,
+        name: str,
+        held: QuantizedLinear,
+        error: float,
+        rtn_error: float,
+        weight: Weight,
+        found: Findings,
+    ) -> Layer:
+        smoothing, leader = found.smoothing, found.leader(weight)
+        taken, search = smoothing.folded_into.get(weight), found.searches.get(weight)
+        where: Migration = "kept" if weight in smoothing.migration else "folded" if taken else "none"
+        alpha = search.point.alpha if search and where != "none" else None
+        if search is None and where != "none" and not isinstance(self.recipe.smooth, str):
+            alpha = self.recipe.smooth
+        return Layer(
+            name, held.scheme.name, error, rtn_error, 0.0, where, taken and joined(found.name, taken),
+            joined(found.name, leader.module) if leader else None, alpha, _curve(search),
+        )  # fmt: skip
+
+    def _stored(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor.detach().to(self.source.stored_dtype(name))
+
+    def _write_float(self, changed: Mapping[str, Tensor]) -> None:
+        """Write parameters in the dtype that the source holds them in, under the source's names."""
+        stored = {name: self._stored(name, tensor) for name, tensor in sorted(changed.items())}
+        for name, tensor in self.source.names.to_sources(stored).items():
+            self.writer.add(name, tensor)
+
+    def smooth_again(self, found: Findings) -> None:
+        """Smooth the weights of a block as the run that finished it did."""
+        for weight in dict.fromkeys([*found.smoothing.columns, *found.smoothing.rows]):
+            self._smooth_in_place(found, weight)
+
+    def read_back(self, found: Findings) -> list[Rounded]:
+        """The codes of a finished block's linears; stacks of experts become what their codes stand for."""
+        for name in self._stacks(found):
+            for source, part in self.source.names.parts_of(
+                joined(found.name, name), found.block.get_parameter(name)
+            ):
+                held = self._unpack(source.removesuffix(".weight"), joined(found.name, name))
+                part.detach().copy_(held.weight.dequantize())
+        linears = [
+            w for w in found.weights() if w.index is None and found.full_name(w) in self.recipe.schemes
+        ]
+        return [self._read_linear(found, weight) for weight in linears]
+
+    def _stacks(self, found: Findings) -> list[str]:
+        """The parameters of a block that are stacks of experts and were chosen."""
+        names = [name for name, _ in found.block.named_parameters()]
+        return [name for name in names if joined(found.name, name) in self.recipe.schemes]
+
+    def _read_linear(self, found: Findings, weight: Weight) -> Rounded:
+        name = found.full_name(weight)
+        return Rounded(weight, self._unpack(self.source.names.source_module(name), name), 0.0, 0.0)
+
+    def _unpack(self, module: str, name: str) -> QuantizedLinear:
+        tensors = {key: self.writer.read(key) for key in self.writer.names if key.startswith(f"{module}.")}
+        return self.recipe.layout.unpack(module, tensors, self.recipe.schemes[name])
+
+    def finish(self) -> None:
+        """Decide what was held back, copy what nothing touched, and close the file."""
+        kept, let_go = self._reserve.decide()
+        for unit in let_go:
+            self._write_quantized(unit)
+        for unit in kept:
+            self.kept += [layer.name for layer in unit.layers]
+            self._write_float(unit.floats)
+        if self.kept:
+            self.warnings.append(f"left in float, as the most sensitive: {', '.join(self.kept)}")
+        self.layers = _with_shares(self.layers)
+        replaced = {f"{name}.weight" for layer in self.layers for name in file_names(self.source, layer.name)}
+        for name in self.source.checkpoint.tensors:
+            if name not in self.writer.names and name not in replaced:
+                self.writer.copy(name, self.source.checkpoint)
+        self.writer.finish()
+
+
+def _curve(search: Search | None) -> tuple[tuple[str, float, float], ...]:
+    return tuple((p.form, p.alpha, error) for p, error in search.curve) if search else ()
+
+
+def _with_shares(layers: Sequence[Layer]) -> list[Layer]:
+    """Each layer with its share of the squared relative errors of all."""
+    total = sum(layer.error**2 for layer in layers) or 1.0
+    return [replace(layer, share=layer.error**2 / total) for layer in layers]
+
+
+def _stacked(weights: Sequence[QuantizedTensor]) -> QuantizedTensor:
+    zeros = [w.zero_point for w in weights if w.zero_point is not None]
+    return QuantizedTensor(
+        torch.stack([w.codes for w in weights]), torch.stack([w.scale for w in weights]),
+        torch.stack(zeros) if zeros else None, weights[0].format,
+    )  # fmt: skip
