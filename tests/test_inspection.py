@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig
 
 import qlinear
+from qlinear.errors import SchemeError
 from qlinear.inspection import Inspection, imagined_checkpoint
 
 from .models import save_model
@@ -89,6 +90,46 @@ def test_ignored_linears_are_planned_in_float(made: tuple[Path, Path]) -> None:
         assert (linear.scheme is None) == (".layers.0." in linear.name)
 
 
+KEPT = [
+    (architecture, format, keep)
+    for architecture, format in (
+        ("falcon", "qlinear"),
+        ("gpt2", "lmdeploy"),
+        ("phi3", "lmdeploy"),
+        ("mixtral", "qlinear"),
+    )
+    for keep in ("unfolded", "always", "never")
+]
+
+
+@pytest.mark.parametrize(("architecture", "format", "keep"), KEPT)
+def test_planned_homes_and_sizes_are_those_of_the_job(
+    architecture: str, format: str, keep: str, tmp_path: Path
+) -> None:
+    options = {"falcon": {"num_kv_heads": 1, "new_decoder_architecture": True}}
+    source = save_model(tmp_path / "source", architecture, **options.get(architecture, {}))
+    planned = qlinear.inspect(source, format=format, migration_scale=keep)
+    qlinear.quantize(source, tmp_path / "out", calibration=IDS, format=format, migration_scale=keep)
+    made = qlinear.inspect(tmp_path / "out")
+    assert planned.total_size == made.total_size
+    found = {
+        linear.name: (linear.migration, linear.folded_into, linear.bytes_after) for linear in made.linears
+    }
+    for linear in planned.linears:
+        if linear.scheme is not None:
+            assert found[linear.name] == (linear.migration, linear.folded_into, linear.bytes_after)
+    if keep == "always":
+        assert "kept" in {linear.migration for linear in planned.linears}
+
+
+def test_a_layout_without_a_place_for_vectors_is_refused_where_all_should_stay(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source")
+    with pytest.raises(SchemeError, match=r"'always' needs a format that holds it, qlinear or lmdeploy"):
+        qlinear.inspect(source, migration_scale="always")
+    with pytest.raises(SchemeError, match="format must be one of"):
+        qlinear.inspect(source, format="gguf")
+
+
 def test_linears_that_share_an_input_are_one_group(tmp_path: Path) -> None:
     found = qlinear.inspect(save_model(tmp_path / "source"))
     group = {linear.name.removeprefix("model.layers.1."): linear.group for linear in found.linears}
@@ -113,15 +154,18 @@ def llama_2_7b(tmp_path: Path) -> Path:
     return tmp_path / "config.json"
 
 
-def test_llama_2_7b_is_planned_from_its_config_to_the_byte(
-    llama_2_7b: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Who feeds whom does not enter the size, and finding it runs a block of full width for half a minute.
-    monkeypatch.setattr(qlinear.inspection, "_homes", lambda source: {})
+def test_llama_2_7b_is_planned_from_its_config_to_the_byte(llama_2_7b: Path) -> None:
     found = qlinear.inspect(llama_2_7b)
     assert found.total_size_before == 13_476_831_232
     assert found.total_size == 7_006_265_344
     assert len(found.linears) == 32 * 7 + 1
+
+
+@pytest.mark.parametrize("format", ["lmdeploy", "qlinear"])
+def test_llama_2_7b_with_every_vector_kept_is_planned_to_the_byte(format: str, llama_2_7b: Path) -> None:
+    found = qlinear.inspect(llama_2_7b, format=format, migration_scale="always")
+    assert found.total_size == 7_010_820_096
+    assert [linear.migration for linear in found.linears].count("kept") == 32 * 7
 
 
 def test_an_imagined_checkpoint_takes_no_memory(llama_2_7b: Path) -> None:

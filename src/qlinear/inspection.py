@@ -17,12 +17,15 @@ import torch
 from .checkpoint import Checkpoint, StreamedModel, TensorInfo, skeleton
 from .checkpoint.dense import quantization_config
 from .checkpoint.header import DTYPE_NAMES
+from .checkpoint.layouts import Keep, get_layout, kept
 from .inputs import open_checkpoint
 from .plan import is_parameter, make_plan, quantizable, quantized_bytes, replaced_bytes
 from .scheme import Scheme, get_scheme
 from .structure import sketch
 
 Migration = Literal["folded", "kept", "none"]
+# The first of the linears that share an input, and the module that can take their smoothing, if there is one.
+_Home = tuple[str, str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,20 +61,25 @@ def inspect(
     model: str | Path,
     scheme: str | Scheme = "w8a8",
     *,
+    format: str = "compressed-tensors",
+    migration_scale: Keep = "unfolded",
     ignore: Sequence[str] | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> Inspection:
     """Every linear of a checkpoint, or of the model that a config.json alone describes.
 
-    model: a checkpoint folder, a Hub id, "demo", a config.json, or a folder with nothing else. scheme, ignore: what to
-    plan for, where nothing is quantized yet. Raises QLinearError.
+    model: a checkpoint folder, a Hub id, "demo", a config.json, or a folder with nothing else. scheme, format,
+    migration_scale, ignore: what to plan for, where nothing is quantized yet; as for `qlinear.quantize`.
+    Raises QLinearError.
     """
+    get_layout(format)
     found = _with_or_without_weights(model, revision, trust_remote_code)
     source = StreamedModel(found, torch.float32, trust_remote_code)
     if quantization_config(source.checkpoint) is not None:
         return _finished(source)
-    return _planned(source, get_scheme(scheme), ignore)
+    wanted = get_scheme(scheme)
+    return _planned(source, wanted, ignore, kept(migration_scale, format, wanted))
 
 
 def _with_or_without_weights(model: str | Path, revision: str | None, trust_remote_code: bool) -> Checkpoint:
@@ -99,21 +107,20 @@ def imagined_checkpoint(config: Path, trust_remote_code: bool = False) -> Checkp
     return Checkpoint(config, json.loads(config.read_text()), tensors)
 
 
-def _planned(source: StreamedModel, scheme: Scheme, ignore: Sequence[str] | None) -> Inspection:
+def _planned(source: StreamedModel, scheme: Scheme, ignore: Sequence[str] | None, keep: Keep) -> Inspection:
     plan = make_plan(source, scheme, ignore, transposed=True)
     homes = _homes(source)
     linears = tuple(
-        _planned_linear(
-            source, scheme if name in plan.chosen else None, name, shape, *homes.get(name, (None, None))
-        )
+        _planned_linear(source, scheme if name in plan.chosen else None, name, shape, homes.get(name), keep)
         for name, shape in quantizable(source, transposed=True)
     )
-    return Inspection(linears, source.checkpoint.nbytes, plan.nbytes)
+    vectors = sum(_vector_bytes(linear.shape) for linear in linears if linear.migration == "kept")
+    return Inspection(linears, source.checkpoint.nbytes, plan.nbytes + vectors)
 
 
-def _homes(source: StreamedModel) -> dict[str, tuple[str | None, str | None]]:
+def _homes(source: StreamedModel) -> dict[str, _Home]:
     """For each linear of the blocks: the first that shares its input, and the module that can take its smoothing."""
-    homes: dict[str, tuple[str | None, str | None]] = {}
+    homes: dict[str, _Home] = {}
     for block, groups in sketch(source.model, source.blocks, source.head).items():
         for group in groups:
             leader = f"{block}.{group.weights[0].module}"
@@ -129,19 +136,33 @@ def _planned_linear(
     scheme: Scheme | None,
     name: str,
     shape: tuple[int, ...],
-    group: str | None,
-    folded_into: str | None,
+    home: _Home | None,
+    keep: Keep,
 ) -> LinearInfo:
     before = after = _bytes_of(source, name)
-    scales: tuple[int, ...] = ()
-    if scheme is not None:
-        scales = scheme.weight.scale_shape(shape)
-        after += quantized_bytes(scheme, shape) - replaced_bytes(source, name)
-    home = folded_into if scheme else None
-    migration: Migration = "folded" if home else "none"
-    return LinearInfo(
-        name, shape, scheme.name if scheme else None, scales, before, after, group, migration, home
-    )
+    group, producer = home or (None, None)
+    if scheme is None:
+        return LinearInfo(name, shape, None, (), before, after, group, "none", None)
+    migration = _migration(shape, home, keep)
+    after += quantized_bytes(scheme, shape) - replaced_bytes(source, name)
+    after += _vector_bytes(shape) if migration == "kept" else 0
+    folded_into = producer if migration == "folded" else None
+    scales = scheme.weight.scale_shape(shape)
+    return LinearInfo(name, shape, scheme.name, scales, before, after, group, migration, folded_into)
+
+
+def _migration(shape: tuple[int, ...], home: _Home | None, keep: Keep) -> Migration:
+    """Where the smoothing of a linear that is quantized will live. Experts in a stack have no place to keep theirs."""
+    if home is None:
+        return "none"
+    if home[1] is not None and keep != "always":
+        return "folded"
+    return "kept" if keep != "never" and len(shape) == 2 else "none"
+
+
+def _vector_bytes(shape: tuple[int, ...]) -> int:
+    """Of a linear's migration scale, float32 (in,)."""
+    return 4 * shape[-1]
 
 
 def _bytes_of(source: StreamedModel, name: str) -> int:

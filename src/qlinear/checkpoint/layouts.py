@@ -1,9 +1,10 @@
 """The layouts that can be written and read, by the name of `--format` and by config.json's `quant_method`."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import CheckpointError, SchemeError
+from ..scheme import Scheme
 from . import awq, compressed_tensors, lmdeploy, qlinear_layout
 from .layout import Layout
 
@@ -14,6 +15,26 @@ LAYOUTS: dict[str, Layout] = {
     "qlinear": qlinear_layout,
 }
 _QUANT_METHODS = {"smooth_quant": "lmdeploy"}
+# The layouts that have a place for a smoothing vector which stays with its layer.
+_HOLD_VECTORS = ("qlinear", "lmdeploy")
+
+# Which smoothing vectors stay with their layers: those that nothing can take, all, or none.
+Keep = Literal["unfolded", "always", "never"]
+
+
+def kept(migration_scale: Keep, format: str, scheme: Scheme | None) -> Keep:
+    """Which vectors stay with their layers in this layout, which may have no place for them; scheme: None for float.
+
+    Raises SchemeError if all should stay and there is none, or if `migration_scale` is none of its three values.
+    """
+    if migration_scale not in ("unfolded", "always", "never"):
+        raise SchemeError(f"migration_scale must be unfolded, always or never; got {migration_scale!r}")
+    has_place = format in _HOLD_VECTORS and scheme is not None
+    if migration_scale == "always" and not has_place:
+        raise SchemeError(
+            f"migration_scale 'always' needs a format that holds it, {' or '.join(_HOLD_VECTORS)}; got {format!r}"
+        )
+    return migration_scale if has_place else "never"
 
 
 def get_layout(name: str) -> Layout:

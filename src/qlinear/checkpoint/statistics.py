@@ -3,7 +3,7 @@
 The file's suffix says which of two forms it has:
 
     .safetensors   `NAME.absmax`, `.absmean`, `.min`, `.max` and `.mean`, each (in,) float32, once for all weights that
-                   read one tensor; the metadata says who they are, how many tokens there were, and of which model
+                   read one tensor; the metadata says which those are, how many tokens there were, and of which model
     .pth           LMDeploy's `inputs_stats.pth`: {absmax, absmean, max, mean, min} -> name -> (in,)
 
 A weight goes by the name of its module, a parameter that is nobody's `weight` by its own, and one matrix of a stack
@@ -156,31 +156,32 @@ def _to_safetensors(statistics: Statistics) -> bytes:
         for form in FORMS
     }
     about = {
+        "fingerprint": statistics.fingerprint,
         "tokens": {name: stats.tokens for name, stats in held.items()},
         "shared": {name: leader for name, leader in shared.items() if name != leader},
         "idle": sorted(statistics.idle),
     }
-    metadata = {"kind": _KIND, "fingerprint": statistics.fingerprint or ""}
-    made: bytes = save(tensors, metadata | {key: json.dumps(value) for key, value in about.items()})
+    # One entry: several come in an order that changes from run to run.
+    made: bytes = save(tensors, {_KIND: json.dumps(about)})
     return made
 
 
 def _read_safetensors(path: Path) -> Statistics:
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            about = (file.metadata() or {}).get(_KIND)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise DataError(f"{path} is damaged ({error}): make it anew with qlinear calibrate") from None
-    if metadata.get("kind") != _KIND:
+    if about is None:
         raise DataError(f"{path} holds no statistics: give a file that qlinear calibrate wrote")
-    tokens, shared, idle = (json.loads(metadata[key]) for key in ("tokens", "shared", "idle"))
+    known = json.loads(about)
     inputs = {
         name: _checked(name, {form: tensors[f"{name}.{form}"] for form in FORMS}, count, path)
-        for name, count in tokens.items()
+        for name, count in known["tokens"].items()
     }
-    inputs |= {name: inputs[leader] for name, leader in shared.items()}
-    return Statistics(inputs, frozenset(idle), metadata["fingerprint"] or None)
+    inputs |= {name: inputs[leader] for name, leader in known["shared"].items()}
+    return Statistics(inputs, frozenset(known["idle"]), known["fingerprint"])
 
 
 def _to_pickle(statistics: Statistics) -> bytes:

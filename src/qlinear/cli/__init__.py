@@ -12,7 +12,7 @@ from typing import Annotated, Any, Optional, cast
 import typer
 
 from ..errors import QLinearError
-from .display import Bars, show_evaluation, show_inspection, show_result
+from .display import Bars, show_calibration, show_evaluation, show_inspection, show_result
 
 app = typer.Typer(
     name="qlinear",
@@ -128,6 +128,42 @@ def quantize(
     epilog="""
 Examples:
 
+    qlinear calibrate ./model stats.safetensors --calibration mine.jsonl
+
+    qlinear calibrate ./model inputs_stats.pth --samples 256
+"""
+)
+def calibrate(
+    model: Model,
+    stats: Annotated[
+        Path, typer.Argument(help="The file to make: .safetensors, or .pth for LMDeploy's inputs_stats.pth.")
+    ],
+    calibration: Annotated[str, typer.Option(help="Text, as `quantize --calibration` takes it.")] = "demo",
+    samples: Annotated[int, typer.Option(min=1, help="Sequences of calibration text.")] = 128,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 512,
+    dtype: Dtype = None,
+    seed: Annotated[int, typer.Option(help="Chooses the calibration sequences.")] = 0,
+    overwrite: Annotated[bool, typer.Option(help="Replace the file if it exists.")] = False,
+    trust_remote_code: Trust = False,
+    revision: Revision = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write the statistics of every linear's input: absmax, absmean, min, max and mean of each channel."""
+    from ..job.statistics import write_statistics as run
+
+    with Bars(quiet) as bars:
+        done = run(
+            model, stats, calibration=calibration, samples=samples, seq_len=seq_len, dtype=dtype, seed=seed,
+            overwrite=overwrite, trust_remote_code=trust_remote_code, revision=revision, progress=bars.update,
+        )  # fmt: skip
+    _show(done, as_json, show_calibration)
+
+
+@app.command(
+    epilog="""
+Examples:
+
     qlinear evaluate build/demo-w8a8 --reference demo
 
     qlinear evaluate out --reference ./model --data held-out.txt --tokens 20000
@@ -166,6 +202,8 @@ Examples:
     qlinear inspect build/demo-w8a8
 
     qlinear inspect ./config.json --scheme w8a8 --json
+
+    qlinear inspect ./model --format lmdeploy --migration-scale always
 """
 )
 def inspect(
@@ -173,6 +211,13 @@ def inspect(
         str, typer.Argument(help="A checkpoint folder, a Hub id, `demo`, or a config.json alone.")
     ],
     scheme: Annotated[str, typer.Option(help="What to plan for, where nothing is quantized yet.")] = "w8a8",
+    format: Annotated[
+        str, typer.Option(help="The layout to plan for: as for `quantize`.")
+    ] = "compressed-tensors",
+    migration_scale: Annotated[
+        str,
+        typer.Option(help="Which smoothing vectors to plan as kept: `unfolded`, `always`, `never`."),
+    ] = "unfolded",
     ignore: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(help="Linears to leave in float. Default: the output head."),
@@ -184,7 +229,10 @@ def inspect(
     """List each linear: its shape, scheme, scales, bytes before and after, and where its smoothing lives."""
     from .. import inspect as run
 
-    found = run(model, scheme, ignore=ignore, trust_remote_code=trust_remote_code, revision=revision)
+    found = run(
+        model, scheme, format=format, migration_scale=cast(Any, migration_scale), ignore=ignore,
+        trust_remote_code=trust_remote_code, revision=revision,
+    )  # fmt: skip
     _show(found, as_json, show_inspection)
 
 

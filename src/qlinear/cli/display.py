@@ -27,6 +27,7 @@ from rich.text import Text
 from ..evaluation import Evaluation
 from ..inspection import Inspection
 from ..job import Result
+from ..job.statistics import Calibration
 
 _WORST = 10
 _LINE_EVERY = 5.0
@@ -105,6 +106,20 @@ def show_result(result: Result) -> None:
         _print(table)
     for warning in result.warnings:
         Console().print(f"[yellow]note:[/yellow] {escape(warning)}", highlight=False)
+
+
+def show_calibration(done: Calibration) -> None:
+    """What was measured, and which experts no token reached."""
+    table = _table("", "", title=f"[bold]{escape(done.out)}[/bold]")
+    table.add_row("inputs measured", f"{len(done.modules)}")
+    table.add_row("tokens", f"{done.tokens}")
+    table.add_row("time", f"{done.seconds:.1f} s")
+    _print(table)
+    if done.idle:
+        names = escape(", ".join(done.idle))
+        Console().print(
+            f"[yellow]note:[/yellow] no token reached {names}: calibrate on more text", highlight=False
+        )
 
 
 def show_evaluation(evaluation: Evaluation) -> None:
