@@ -212,10 +212,14 @@ def test_a_producer_that_a_later_block_reads_is_refused() -> None:
 
 
 def test_a_clamp_that_bites_only_at_large_values_is_refused() -> None:
-    block = perturbed(Block(clip=150.0))
-    x = call_of(block, 2, 8).args[0]
-    assert block.attention.v(block.norm1(x)).abs().max() < 150 / 2**4, "it does not bite on these tokens"
-    assert refused(block, "attention.v")
+    block, free = perturbed(Block(clip=150.0)), perturbed(Block())
+    call = call_of(block, 2, 8)
+    v = block.attention.v(block.norm1(call.args[0]))
+    assert v.abs().max() < 150 / 2**4, "it does not bite on these tokens"
+    _, _, folds = folds_of(free)
+    fold = next(fold for fold in folds if fold.producer.name == "attention.v")
+    assert prove(free, call_of(free, 2, 8), [fold])
+    assert not prove(block, call, [fold])
 
 
 def test_without_producers_weights_are_grouped_by_the_tensor_they_read() -> None:

@@ -1,11 +1,12 @@
 """What a block is made of, found by running it: no table of architectures, no names.
 
-`observe` runs a block and writes down every multiplication of an activation by a weight. `find` makes such runs
-with one thing changed and reads off who feeds whom. `proof` decides which of that may be used.
+`observe` sees every multiplication of an activation by a weight. `experiment` runs a block with one thing changed and
+writes down what happens. `find` reads off who feeds whom. `proof` decides which of that may be used.
 """
 
+from .experiment import Product, Trace, observe
 from .folds import Fold, InputGroup, Producer, Reader, find_groups
-from .observe import Product, Trace, Weight, observe, watching
+from .observe import Weight, watching
 from .proof import examine, prove, proved, run_in_float32
 from .sketch import sketch
 

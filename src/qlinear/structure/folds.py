@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .observe import Trace, Weight
+from .experiment import Trace
+from .observe import Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +34,20 @@ class Producer:
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """A weight and where its input comes from: input channel j is producer channel `channels[j]`, -1 if unknown."""
+    """A weight and where its input comes from: input channel j is producer channel `channels[j]`, -1 if unknown.
+
+    degree: the input grows by that power of the producer: 2 behind a squared ReLU.
+    """
 
     weight: Weight
     channels: Tensor
+    degree: int = 1
 
     def spread(self, s: Tensor) -> Tensor:
-        """A vector over the producer's channels (size,) as one over this weight's input (in,); 1 where unknown."""
-        return torch.where(self.channels < 0, torch.ones_like(s[:1]), s[self.channels.clamp(min=0)])
+        """What s (size,), divided out of the producer, divides this weight's input by (in,); 1 where unknown."""
+        return torch.where(
+            self.channels < 0, torch.ones_like(s[:1]), s[self.channels.clamp(min=0)] ** self.degree
+        )
 
     def gather(self, per_input: Tensor, size: int) -> Tensor:
         """A statistic per input channel (in,) as its maximum per producer channel (size,); 0 where unread."""

@@ -1,29 +1,24 @@
 """Watching a block run: every product of an activation with one of its weights.
 
 A weight is whatever multiplies: an `nn.Linear`'s, a transposed one, one expert's slice of a stack, a raw parameter
-in a matmul. A torch function mode sees them all alike. It can also answer "what if": scale what a weight
-reads or what it produces, without touching the weight. Powers of two make such a run exact, so whether two runs
-agree is not a question of tolerance.
+in a matmul, on either side. A torch function mode sees them all alike.
 """
 
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map_only
 
-# (activation, weight) among the arguments of torch's products, and the weight's layout there.
-_OUT_IN = {F.linear}
-_IN_OUT = {
+# torch's products: by where the weight stands among their arguments, and its layout there.
+_LINEAR = {F.linear}
+_MATMUL = {
     torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__,
 }  # fmt: skip
-_TOPK = {torch.topk, Tensor.topk}
 _BIAS_FIRST = {torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.baddbmm}
 
 
@@ -51,33 +46,21 @@ class Weight:
 
 
 @dataclass(frozen=True, slots=True)
-class Product:
-    """One multiplication: x (tokens, in) as it reaches `weight`, and y (tokens, out), bias included.
+class Operands:
+    """What a product multiplies. left: as matrix · x, so that x and the product hold tokens along their last axis."""
 
-    Both are as they are before any scaling that `observe` was asked for.
-    source: a key that two products share if they read the very same tensor.
-    """
-
-    weight: Weight
     x: Tensor
-    y: Tensor
-    bias: str | None
-    source: tuple[Any, ...]
+    matrix: Tensor
+    bias: Any = None
+    left: bool = False
+    out_in: bool = False
+
+    def rows(self, values: Tensor) -> Tensor:
+        """x, or the product, with tokens before channels; and back."""
+        return values.mT if self.left else values
 
 
-@dataclass(slots=True)
-class Trace:
-    """A block's run: its products in order, what it returned, and what left it another way."""
-
-    products: list[Product] = field(default_factory=list)
-    returned: list[Tensor] = field(default_factory=list)
-    escaped: list[Tensor] = field(default_factory=list)
-
-
-Scales = Mapping[Weight, Tensor]
-
-
-class _Watch(TorchFunctionMode):
+class Watch(TorchFunctionMode):
     """Reports each product to `on_product(weight, x, y, bias)`."""
 
     def __init__(
@@ -97,23 +80,27 @@ class _Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        operands = _operands(func, args, kwargs)
-        if operands is not None and id(operands[1]) in self._derived:
-            x, matrix, bias = operands
-            return self._product(func, args, kwargs, x, self._weight(func, matrix), bias)
+        found = self._operands(func, args, kwargs)
+        if found is not None:
+            return self._product(func, args, kwargs, found, self._weight(found))
         out = self._other(func, args, kwargs)
         if isinstance(out, Tensor):
             self._derive(func, out, args)
         return out
 
+    def _operands(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operands | None:
+        """The operands if `func` multiplies an activation by one of the block's weights."""
+        known = (o for o in _readings(func, args, kwargs) if id(o.matrix) in self._derived)
+        return next((o for o in known if o.matrix.dim() > 1 and (o.x.dim() > 1 or not o.left)), None)
+
     def _other(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
 
     def _product(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, weight: Weight, bias: Any
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: Operands, weight: Weight
     ) -> Tensor:
         y: Tensor = func(*args, **kwargs)
-        self._report(weight, x, y, bias)
+        self._report(weight, found.rows(found.x), found.rows(y), found.bias)
         return y
 
     def _report(self, weight: Weight, x: Tensor, y: Tensor, bias: Any) -> None:
@@ -144,145 +131,27 @@ class _Watch(TorchFunctionMode):
             return
         self._derived[id(out)] = (out, name, index)
 
-    def _weight(self, func: Any, matrix: Tensor) -> Weight:
-        _, name, index = self._derived[id(matrix)]
-        row_major = matrix.stride(-1) <= matrix.stride(-2)
-        return Weight(name, transposed=row_major != (func in _OUT_IN), index=index)
+    def _weight(self, found: Operands) -> Weight:
+        _, name, index = self._derived[id(found.matrix)]
+        row_major = found.matrix.stride(-1) <= found.matrix.stride(-2)
+        return Weight(name, transposed=row_major != found.out_in, index=index)
 
 
-class _Experiment(_Watch):
-    """A run in which inputs and outputs of weights are scaled, and every expert gets its share of the tokens.
-
-    made: everything that the block computed, to see afterwards what of it has escaped.
-    """
-
-    def __init__(
-        self,
-        block: nn.Module,
-        on_product: Callable[[Weight, Tensor, Tensor, str | None], None],
-        scale_input: Scales,
-        scale_output: Scales,
-        frozen: bool,
-    ) -> None:
-        super().__init__(block, on_product)
-        self._inputs, self._outputs, self._frozen = scale_input, scale_output, frozen
-        self.made: list[weakref.ref[Tensor]] = []
-
-    @property
-    def views(self) -> set[int]:
-        """The identities of the block's weights and of what was made of them alone."""
-        return set(self._derived)
-
-    def _other(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        out = func(*args, **kwargs)
-        if func in _TOPK:
-            out = _routed(args[0] if args else kwargs["input"], out, args, kwargs, self._frozen)
-        self.made += [weakref.ref(t) for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
-        return out
-
-    def _product(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, weight: Weight, bias: Any
-    ) -> Tensor:
-        scaled = self._scaled(weight, x, x, self._inputs)
-        args = tuple(scaled if a is x else a for a in args)
-        kwargs = {k: scaled if a is x else a for k, a in kwargs.items()}
-        y: Tensor = func(*args, **kwargs)
-        self._report(weight, x, y, bias)
-        y = self._scaled(weight, x, y, self._outputs)
-        self.made.append(weakref.ref(y))
-        return y
-
-    def _scaled(self, weight: Weight, x: Tensor, values: Tensor, scales: Scales) -> Tensor:
-        """Input or output `values` of a product, times what `scales` has for its weight, or for each slice."""
-        if weight in scales:
-            return values * scales[weight].to(values)
-        if not self._is_batch(weight, x):
-            return values
-        slices = (replace(weight, index=index) for index in range(x.shape[0]))
-        one = torch.ones(values.shape[-1])
-        return values * torch.stack([scales.get(w, one) for w in slices]).unsqueeze(1).to(values)
-
-
-def _routed(scores: Tensor, chosen: Any, args: tuple[Any, ...], kwargs: dict[str, Any], frozen: bool) -> Any:
-    """A router's choice, replaced by one that goes round all experts: an experiment must reach them all, and a
-    change of scores must not send a token elsewhere. frozen: nor may it change how much an expert counts."""
-    dim = kwargs.get("dim", args[2] if len(args) > 2 else -1)
-    if dim not in (-1, scores.dim() - 1):
-        return chosen
-    count = chosen.indices.shape[-1]
-    start = torch.arange(chosen.indices[..., 0].numel(), device=scores.device) * count
-    round_robin = start.unsqueeze(1) + torch.arange(count, device=scores.device)
-    indices = (round_robin % scores.shape[-1]).view(chosen.indices.shape)
-    values = torch.full_like(chosen.values, 1 / count) if frozen else scores.gather(-1, indices)
-    return type(chosen)((values, indices))
-
-
-def _operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Any] | None:
-    """(activation, weight, bias) if `func` is one of torch's products, else None."""
-    if func in _OUT_IN:
+def _readings(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Operands]:
+    """The ways to read a call as activation times weight; none if it is no product."""
+    if func in _LINEAR:
         x = args[0] if args else kwargs["input"]
         matrix = args[1] if len(args) > 1 else kwargs["weight"]
-        return x, matrix, args[2] if len(args) > 2 else kwargs.get("bias")
-    if func in _IN_OUT and len(args) > 1:
-        return args[0], args[1], None
-    if func in _BIAS_FIRST and len(args) > 2:
-        return args[1], args[2], args[0]
-    return None
+        yield Operands(x, matrix, args[2] if len(args) > 2 else kwargs.get("bias"), out_in=True)
+    elif func in _MATMUL and len(args) > 1:
+        yield Operands(args[0], args[1])
+        yield Operands(args[1], args[0], left=True, out_in=True)
+    elif func in _BIAS_FIRST and len(args) > 2:
+        yield Operands(args[1], args[2], args[0])
 
 
 @contextmanager
 def watching(block: nn.Module, on_product: Callable[[Weight, Tensor], None]) -> Iterator[None]:
     """While open, `on_product(weight, x)` is called for every product of the block; x is (tokens, in)."""
-    with _Watch(block, lambda weight, x, y, bias: on_product(weight, x.reshape(-1, x.shape[-1]))):
+    with Watch(block, lambda weight, x, y, bias: on_product(weight, x.reshape(-1, x.shape[-1]))):
         yield
-
-
-def observe(
-    block: nn.Module,
-    forward: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    scale_input: Scales | None = None,
-    scale_output: Scales | None = None,
-    frozen: bool = False,
-) -> Trace:
-    """Run `forward(*args, **kwargs)` of `block` in float32 and write down what happened.
-
-    The arguments are copied, so a run leaves no trace in the lane they were taken from. scale_input and
-    scale_output multiply what a weight reads (in,) or gives (out,). frozen: routers weigh all experts alike.
-    """
-    args, kwargs = _float_copy(tuple(args)), _float_copy(dict(kwargs))
-    trace = Trace()
-
-    def note(weight: Weight, x: Tensor, y: Tensor, bias: str | None) -> None:
-        source = (x.data_ptr(), x.shape, x.stride(), x._version)
-        # Detached aliases share the memory but not the identity: an escaped tensor is one that lives without us.
-        flat = x.detach().reshape(-1, x.shape[-1]), y.detach().reshape(-1, y.shape[-1])
-        trace.products.append(Product(weight, *flat, bias, source))
-
-    watch = _Experiment(block, note, scale_input or {}, scale_output or {}, frozen)
-    with torch.no_grad(), watch:
-        returned = forward(*args, **kwargs)
-    trace.returned = _tensors(returned)
-    known = {id(t) for t in [*trace.returned, *_tensors((args, kwargs))]} | watch.views
-    alive = {id(t): t for ref in watch.made if (t := ref()) is not None}
-    del returned
-    trace.escaped = [t for key, t in alive.items() if key not in known or key in _held(args, kwargs)]
-    return trace
-
-
-def _held(args: Any, kwargs: Any) -> set[int]:
-    """Tensors that sit in containers which were passed in: where a block puts what later blocks read."""
-    containers = [a for a in [*args, *kwargs.values()] if isinstance(a, (dict, list))]
-    return {id(t) for t in _tensors(containers)}
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
-
-
-def _float_copy(tree: Any) -> Any:
-    def copy(tensor: Tensor) -> Tensor:
-        return tensor.float().clone() if tensor.is_floating_point() else tensor.clone()
-
-    return tree_map_only(Tensor, copy, tree)

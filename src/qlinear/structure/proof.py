@@ -11,14 +11,16 @@ norms that multiply by 1 + gain. Three ways for a wrong fold to look right are c
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ..blocks import Call
+from .experiment import Trace, observe
 from .find import Finder, row_factor, scaled
 from .folds import Fold
-from .observe import Trace, Weight, observe
+from .observe import Weight
 
 TOLERANCE = 1e-5
 _MAGNITUDES = (1.0, 16.0, 256.0)
@@ -30,14 +32,35 @@ def examine(
     """A run of the block on real sequences, and the folds that are proved on them.
 
     probe: a call with one-token sequences, to experiment on. proof: one with real sequences. likely: the folds of
-    the block before, which are only proved, not looked for: in most models all blocks are built alike.
+    the block before, which are proved first: in most models all blocks are built alike, and little is left to look for.
     The block computes in float32 meanwhile, whatever its parameters are held in.
     """
     with _in_float32(block):
         trace = observe(block, proof.forward, proof.args, proof.kwargs)
-        if likely and _stands_in(likely, trace) and prove(block, proof, likely):
-            return trace, list(likely)
-        return trace, proved(block, proof, Finder(block, probe).folds())
+        folds = proved(block, proof, [fold for fold in likely if _stands_in(fold, block, trace)], trace)
+        # Real sequences show most of it. What they leave open, such as which rows of a fused projection are the
+        # value's, one-token sequences may tell.
+        for call in (proof, probe):
+            if _lacking(trace, folds):
+                folds = _completed(block, Finder(block, call), proof, trace, folds)
+        return trace, folds
+
+
+def _completed(
+    block: nn.Module, finder: Finder, proof: Call, trace: Trace, folds: Sequence[Fold]
+) -> list[Fold]:
+    """The folds, and those that are found and proved for the weights that lack one."""
+    found = list(folds)
+    while guesses := list(finder.folds(_lacking(trace, found))):
+        new = proved(block, proof, guesses, trace, found)
+        if new and prove(block, proof, [*found, *new], trace):
+            found += new
+    return found
+
+
+def _lacking(trace: Trace, folds: Sequence[Fold]) -> set[Weight]:
+    """The weights of a run that read from no fold."""
+    return {p.weight for p in trace.products} - {r.weight for fold in folds for r in fold.readers}
 
 
 def run_in_float32(block: nn.Module, call: Call) -> Trace:
@@ -60,26 +83,57 @@ def _in_float32(block: nn.Module) -> Iterator[None]:
             tensor.data = data
 
 
-def _stands_in(folds: Sequence[Fold], trace: Trace) -> bool:
-    """Whether the weights of the folds are all there, and nothing that multiplies is new."""
-    read = {reader.weight for fold in folds for reader in fold.readers}
-    shapes = {product.weight: product.x.shape[-1] for product in trace.products}
-    fits = all(len(r.channels) == shapes.get(r.weight) for fold in folds for r in fold.readers)
-    return fits and read <= set(shapes)
+def _stands_in(fold: Fold, block: nn.Module, trace: Trace) -> bool:
+    """Whether the weights of a fold are all there, and of the right size."""
+    widths = {product.weight: product.x.shape[-1] for product in trace.products}
+    heights = {
+        replace(p.weight, index=i): p.y.shape[-1] for p in trace.products for i in (p.weight.index, None)
+    }
+    gains = {name: p.numel() for name, p in block.named_parameters() if p.dim() == 1}
+    producer = fold.producer
+    made = (
+        [gains.get(name) for name in producer.gain]
+        if producer.weight is None
+        else [heights.get(producer.weight)]
+    )
+    return all(size == producer.size for size in made) and all(
+        len(reader.channels) == widths.get(reader.weight) for reader in fold.readers
+    )
 
 
-def proved(block: nn.Module, call: Call, folds: Iterable[Fold]) -> list[Fold]:
-    """The folds that hold on this call, in order; a weight is given to the first that takes it."""
-    suggested = list(folds)
-    first = _disjoint(suggested)
-    if first and prove(block, call, first):
-        return first
-    kept: list[Fold] = []
-    for fold in suggested:
-        if fold in _disjoint([*kept, fold]) and prove(block, call, [fold]):
-            kept.append(fold)
-    # Folds that hold one by one are used together only if they hold together.
-    return kept if prove(block, call, kept) else kept[:1]
+def proved(
+    block: nn.Module,
+    call: Call,
+    folds: Iterable[Fold],
+    plain: Trace | None = None,
+    given: Sequence[Fold] = (),
+) -> list[Fold]:
+    """The folds that hold on this call, in order; a weight is given to the first that takes it.
+
+    plain: a run of the call as it is, to save one. given: folds that are proved already, and have their weights.
+    """
+    folds = list(folds)
+    suggested = _disjoint([*given, *folds])[len(given) :]
+    held = _held_among(block, call, suggested, plain)
+    # Where some fail, another may take the weights that they wanted; and all must hold together.
+    left = _disjoint([*given, *held, *(fold for fold in folds if fold not in suggested)])[
+        len(given) + len(held) :
+    ]
+    held += _held_among(block, call, left, plain)
+    return held if len(held) < 2 or prove(block, call, held, plain) else held[:1]
+
+
+def _held_among(block: nn.Module, call: Call, folds: Sequence[Fold], plain: Trace | None) -> list[Fold]:
+    """Those of the folds that hold, tried together as long as all do, and in halves where some do not."""
+    if not folds or prove(block, call, folds, plain):
+        return list(folds)
+    if len(folds) == 1:
+        return []
+    middle = len(folds) // 2
+    return [
+        *_held_among(block, call, folds[:middle], plain),
+        *_held_among(block, call, folds[middle:], plain),
+    ]
 
 
 def _disjoint(folds: Sequence[Fold]) -> list[Fold]:
@@ -94,18 +148,29 @@ def _disjoint(folds: Sequence[Fold]) -> list[Fold]:
     return kept
 
 
-def prove(block: nn.Module, call: Call, folds: Sequence[Fold], seed: int = 0) -> bool:
+def prove(
+    block: nn.Module, call: Call, folds: Sequence[Fold], plain: Trace | None = None, seed: int = 0
+) -> bool:
     """Whether all of `folds` together leave the block's function on `call` as it was, at every magnitude."""
     generator = torch.Generator().manual_seed(seed)
     exponents = [torch.randint(-3, 4, (fold.producer.size,), generator=generator) for fold in folds]
     vectors = [torch.exp2(exponent.float()) for exponent in exponents]
-    return all(_agrees(block, call, folds, vectors, magnitude) for magnitude in _MAGNITUDES)
+    return all(
+        _agrees(block, call, folds, vectors, magnitude, plain if magnitude == 1 else None)
+        for magnitude in _MAGNITUDES
+    )
 
 
 def _agrees(
-    block: nn.Module, call: Call, folds: Sequence[Fold], vectors: Sequence[Tensor], magnitude: float
+    block: nn.Module,
+    call: Call,
+    folds: Sequence[Fold],
+    vectors: Sequence[Tensor],
+    magnitude: float,
+    before: Trace | None,
 ) -> bool:
-    before = _run(block, call, folds, [torch.ones_like(s) for s in vectors], magnitude)
+    if before is None:
+        before = _run(block, call, folds, [torch.ones_like(s) for s in vectors], magnitude)
     after = _run(block, call, folds, vectors, magnitude)
     return _same(before, after, call, {r.weight for f in folds for r in f.readers})
 
