@@ -120,6 +120,50 @@ def test_a_recurrent_cell_is_quantized() -> None:
     assert relative(model, original, x) < 0.05
 
 
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-static"])
+def test_torchs_encoder_layers_call_what_replaced_their_linears(scheme: str) -> None:
+    """In evaluation they would hand the weights themselves, codes by now, to one fused operator."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    original, x = copy.deepcopy(model), torch.randn(3, 5, 32)
+    original.use_nested_tensor = False  # torch warns of its own prototype
+    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 4 + [True]])
+    result = quantize_(model, scheme, x)
+    assert set(result.replaced) == {f"layers.{i}.linear{j}" for i in range(2) for j in (1, 2)}
+    assert {name.rpartition(".")[0] for name in result.left} == {
+        f"layers.{i}.self_attn{part}" for i in range(2) for part in ("", ".out_proj")
+    }
+    assert relative(model, original, x) < 0.03
+    with torch.no_grad():
+        ours, theirs = (each(x, src_key_padding_mask=mask)[~mask] for each in (model, original))
+    assert (ours - theirs).norm() < 0.03 * theirs.norm()
+
+
+class Unused(nn.Module):
+    """One of its layers takes no part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle = nn.Linear(32, 8), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
+
+
+@pytest.mark.parametrize("smooth", [None, 0.5])
+@pytest.mark.parametrize("rows", [0, 5])
+def test_static_layers_that_saw_nothing_stay_float_and_are_named(smooth: float | None, rows: int) -> None:
+    model = Unused()
+    result = quantize_(model, "w8a8-static", torch.randn(rows, 32), smooth=smooth)
+    assert result.replaced == (("used",) if rows else ())
+    assert type(model.idle) is nn.Linear
+    assert result.left["idle.weight"] == "took no part in the examples"
+    model = Unused()
+    assert quantize_(model, "w8a8", torch.randn(rows, 32), smooth=smooth).replaced == ("used", "idle")
+    assert model.idle.migration_scale is None
+
+
 def test_several_calls_of_every_kind_are_examples() -> None:
     model = nn.Sequential(nn.Linear(32, 8))
     examples = [torch.ones(3, 32), (torch.full((2, 32), -2.0),), {"input": torch.full((1, 32), 5.0)}]

@@ -73,12 +73,15 @@ def quantize_(
     _check(layers, scheme, example_inputs is not None, smooth)
     weights = {name: _weight_of(seen, name) for name in layers}
     stats = {
-        name: seen.stats[w].stats(name) for name, w in weights.items() if w is not None and w in seen.stats
+        name: seen.stats[w].stats(name) for name, w in weights.items() if w is not None and _ran(seen, w)
     }
+    if scheme.is_static:
+        layers = {name: layer for name, layer in layers.items() if name in stats}
     scales = {} if smooth is None else _smoothing(layers, weights, stats, seen, smooth)
     _replace(
         module, {n: _quantized(layer, scheme, stats.get(n), scales.get(n)) for n, layer in layers.items()}
     )
+    _leave_fast_paths(module)
     return InPlace(module, tuple(layers), _left(module, seen if example_inputs is not None else None))
 
 
@@ -173,6 +176,11 @@ def _weight_of(seen: _Seen, name: str) -> Weight | None:
     return own.pop() if len(own) == 1 else None
 
 
+def _ran(seen: _Seen, weight: Weight) -> bool:
+    """Whether an example reached this weight."""
+    return weight in seen.stats and seen.stats[weight].tokens > 0
+
+
 def _recognised(owner: nn.Module, weight: Weight | None, seen: _Seen) -> nn.Linear | None:
     """The nn.Linear that computes what `owner` computed on the examples, or None."""
     args, output = seen.calls.get(owner, ((), None))
@@ -234,7 +242,7 @@ def _smoothing(
     name_of = {weight: name for name, weight in weights.items() if weight is not None}
     scales: dict[str, Tensor] = {}
     for group in seen.groups.values():
-        names = [name_of[weight] for weight in group if weight in name_of]
+        names = [name_of[weight] for weight in group if weight in name_of and name_of[weight] in stats]
         if names:
             absmax = torch.stack([stats[name].absmax for name in names]).amax(0)
             columns = weight_statistic([layers[name].weight.detach() for name in names])
@@ -255,6 +263,20 @@ def _replace(module: nn.Module, layers: Mapping[str, QLinear]) -> None:
         for name, child in list(parent._modules.items()):
             if child in by_child:
                 setattr(parent, name, by_child[child])
+
+
+def _leave_fast_paths(module: nn.Module) -> None:
+    """Let torch's encoder layers call their linears: in evaluation they hand the float weights to one fused operator.
+
+    What is set are the attributes by which they decide.
+    """
+    for child in module.modules():
+        encoders = child.layers if isinstance(child, nn.TransformerEncoder) else [child]
+        if any(isinstance(each, QLinear) for encoder in encoders for each in encoder.children()):
+            if isinstance(child, nn.TransformerEncoder):
+                child.use_nested_tensor = False
+            elif isinstance(child, nn.TransformerEncoderLayer):
+                child.activation_relu_or_gelu = 0
 
 
 def _left(module: nn.Module, seen: _Seen | None) -> dict[str, str]:

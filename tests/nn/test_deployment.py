@@ -55,6 +55,17 @@ def test_it_exports_with_a_dynamic_batch(scheme: str) -> None:
         torch.testing.assert_close(program.module()(x), model(x), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_bare_layer_exports_with_any_of_its_buffers(scheme: str, bias: bool) -> None:
+    """Where the module that is exported has buffers of its own, torch.export finds them by position."""
+    for migration in (None, torch.rand(64) + 0.5):
+        layer = QLinear.from_float(nn.Linear(64, 8, bias), scheme, Range, migration)
+        program = torch.export.export(layer, (torch.randn(3, 64),))
+        x = torch.randn(3, 64)
+        torch.testing.assert_close(program.module()(x), layer(x), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_it_traces(scheme: str) -> None:

@@ -98,6 +98,26 @@ def test_it_keeps_the_whole_contract_of_linear(scheme: Scheme) -> None:
         FakeQuantLinear(32, 24, scheme=scheme)(torch.randn(3, 31))
 
 
+@named
+@pytest.mark.parametrize("learn_scale", [False, True])
+@pytest.mark.parametrize("assign", [False, True])
+def test_it_takes_the_state_of_linear_strictly_and_starts_from_it(
+    scheme: Scheme, learn_scale: bool, assign: bool
+) -> None:
+    learn_scale = learn_scale and scheme.weight.symmetric
+    plain = nn.Linear(32, 24)
+    layer = FakeQuantLinear(32, 24, device="meta" if assign else None, scheme=scheme, learn_scale=learn_scale)
+    layer.load_state_dict(plain.state_dict(), assign=assign)
+    x = torch.randn(7, 32)
+    assert torch.equal(layer(x), FakeQuantLinear.from_float(plain, scheme, learn_scale=learn_scale)(x))
+    own = layer.state_dict()
+    if "weight_scale" in own:
+        del own["weight_scale"]
+        if scheme.is_static:
+            with pytest.raises(RuntimeError, match="weight_scale"):
+                layer.load_state_dict(own)
+
+
 def test_a_fresh_layer_starts_as_linear_does() -> None:
     torch.manual_seed(3)
     plain = nn.Linear(32, 24)

@@ -99,6 +99,13 @@ def test_strides_do_not_matter() -> None:
     assert torch.equal(layer(x[:, :, :1].expand(4, 256, 6).mT), layer(x[:, :, :1].mT).expand(4, 6, 24))
 
 
+def test_the_input_may_be_given_by_name_as_to_linear() -> None:
+    linear, layer = quantized()
+    x = torch.randn(3, 256)
+    assert linear(input=x).shape == layer(input=x).shape
+    assert torch.equal(layer(input=x), layer(x))
+
+
 def test_a_pair_of_codes_and_scale_skips_quantizing() -> None:
     _, layer = quantized()
     x = torch.randn(2, 5, 256)

@@ -10,8 +10,8 @@ range ∂Q/∂s = round(v/s) - v/s, outside it is the clamped code; the gradient
     prepare(module, "w4a8")  →  train  →  convert(module)
 """
 
-from collections.abc import Callable
-from typing import Self, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -84,25 +84,17 @@ class FakeQuantLinear(nn.Linear):
         """The layer with this one's own parameters: what trains the one trains the other."""
         weight = linear.weight
         made = cls(
-            linear.in_features,
-            linear.out_features,
-            linear.bias is not None,
-            "meta",
-            weight.dtype,
-            scheme=scheme,
-        )
+            linear.in_features, linear.out_features, linear.bias is not None, "meta", weight.dtype,
+            scheme=scheme, learn_scale=learn_scale,
+        )  # fmt: skip
         made.weight, made.bias = linear.weight, linear.bias
-        for name in ("input_low", "input_high"):
-            if getattr(made, name) is not None:
-                setattr(made, name, torch.full((1,), torch.nan, device=weight.device))
-        if learn_scale:
-            made.weight_scale = nn.Parameter(_first_scale(weight.detach(), made.scheme.weight))
+        made._begin()
         return made.train(linear.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (*, in) → (*, out), in the dtype that nn.Linear would give."""
+    def forward(self, input: Tensor) -> Tensor:
+        """input (*, in) → (*, out), in the dtype that nn.Linear would give."""
         activation = self.scheme.activation
-        rounded = x if activation is None else self._round_input(x, activation).to(x.dtype)
+        rounded = input if activation is None else self._round_input(input, activation).to(input.dtype)
         scale, zero_point = self._weight_qparams()
         weight = fake_quantize(self.weight, scale, zero_point, self.scheme.weight)
         return F.linear(rounded, weight.to(self.weight.dtype), self.bias)
@@ -128,6 +120,33 @@ class FakeQuantLinear(nn.Linear):
                 moved = end.float().lerp(now.float(), _RANGE_MOMENTUM)
                 end.copy_(torch.where(end.isnan(), now.float(), moved))
         return self.input_low.float(), self.input_high.float()
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, *rest: Any
+    ) -> None:
+        """Take nn.Linear's state as well: learned scales then begin at its weight's, and ranges have seen nothing."""
+        missing: list[str] = rest[0]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
+        own = [
+            name for name in ("weight_scale", "input_low", "input_high") if getattr(self, name) is not None
+        ]
+        if f"{prefix}weight" not in state_dict or any(f"{prefix}{name}" in state_dict for name in own):
+            return
+        missing[:] = [name for name in missing if name.removeprefix(prefix) not in own]
+        self._begin()
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        """Start learned scales from the weight, and ranges from nothing, wherever the weight is by now."""
+        if self.weight_scale is not None:
+            scale = _first_scale(self.weight.detach(), self.scheme.weight)
+            if self.weight_scale.device == scale.device:
+                self.weight_scale.copy_(scale)
+            else:
+                self.weight_scale = nn.Parameter(scale)
+        for name in ("input_low", "input_high"):
+            if getattr(self, name) is not None:
+                setattr(self, name, torch.full((1,), torch.nan, device=self.weight.device))
 
     def convert(self) -> QLinear:
         """The quantized layer that computes what this one does. Raises SchemeError if a static layer saw no input."""

@@ -163,13 +163,13 @@ class _RowParallelQLinear(QLinear):
 
     _group: dist.ProcessGroup
 
-    def forward(self, x: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-        """x (*, in / ranks) → y (*, out), whole on every rank."""
-        if isinstance(x, tuple):
-            y, dtype = self._summand(*x), self.dtype
+    def forward(self, input: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """input (*, in / ranks) → y (*, out), whole on every rank."""
+        if isinstance(input, tuple):
+            y, dtype = self._summand(*input), self.dtype
         else:
-            self._check(x)
-            y, dtype = self._own_part(x), x.dtype
+            self._check(input)
+            y, dtype = self._own_part(input), input.dtype
         dist.all_reduce(y, group=self._group)
         return (y if self.bias is None else y + self.bias).to(dtype)
 
@@ -233,7 +233,7 @@ class RowwiseQLinear(ParallelStyle):
         layer.bias = bias
         # parallelize_module keeps the module it was given, so the module changes its class, as fully_shard's do.
         layer.__class__ = _RowParallelQLinear
-        layer._group = device_mesh.get_group()  # type: ignore[assignment]
+        layer._group = device_mesh.get_group()
         layer.register_forward_pre_hook(_local_input(device_mesh, Shard(-1)))
         return layer
 

@@ -104,17 +104,23 @@ class QLinear(nn.Module):
         scales = weight.scale_shape(shape)
         self.register_buffer("weight", torch.zeros(shape, dtype=weight.storage, device=device))
         self.register_buffer("weight_scale", torch.ones(scales, device=device, dtype=torch.float32))
-        for name in _OPTIONAL:
-            self.register_buffer(name, None)
+        bias_made = torch.zeros(self.out_features, dtype=self._dtype, device=device) if bias else None
+        for name, buffer in (("bias", bias_made), *((name, None) for name in _OPTIONAL)):
+            self.register_buffer(name, buffer)
         if not weight.symmetric:
             self.weight_zero_point = torch.zeros(scales, dtype=weight.storage, device=device)
         if activation is not None and not activation.dynamic:
             self.input_scale = torch.ones(1, dtype=torch.float32, device=device)
             if not activation.symmetric:
                 self.input_zero_point = torch.zeros(1, dtype=activation.storage, device=device)
-        self.register_buffer(
-            "bias", torch.zeros(self.out_features, dtype=self._dtype, device=device) if bias else None
-        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        buffers = self.__dict__.get("_buffers", {})
+        if name in buffers:
+            # torch.export finds a module's buffers by position, and counts those that are None: they stand last.
+            for empty in [other for other, buffer in buffers.items() if buffer is None]:
+                buffers[empty] = buffers.pop(empty)
 
     @classmethod
     def from_quantized(
@@ -227,19 +233,19 @@ class QLinear(nn.Module):
     def _migrated_weight(self) -> Tensor:
         return dequantize(self.weight, self.weight_scale, self.weight_zero_point, self.scheme.weight)
 
-    def forward(self, x: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-        """x (*, in), or (codes (*, in), scale (*, 1)) → y (*, out).
+    def forward(self, input: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """input (*, in), or (codes (*, in), scale (*, 1)) → y (*, out).
 
-        The gradient of x is the float layer's, straight through the rounding; the layer itself has none.
+        The gradient of the input is the float layer's, straight through the rounding; the layer itself has none.
         """
-        if isinstance(x, tuple):
-            return self._forward_codes(*x)
-        self._check(x)
+        if isinstance(input, tuple):
+            return self._forward_codes(*input)
+        self._check(input)
         if not self._is_integer:
-            return self._forward_plain(x)
-        if x.requires_grad and torch.is_grad_enabled():
-            return _StraightThrough.apply(x, self)  # type: ignore[no-untyped-call,no-any-return]
-        return self._forward_integer(x)
+            return self._forward_plain(input)
+        if input.requires_grad and torch.is_grad_enabled():
+            return _StraightThrough.apply(input, self)  # type: ignore[no-untyped-call,no-any-return]
+        return self._forward_integer(input)
 
     def _forward_integer(self, x: Tensor) -> Tensor:
         layer = (x, self.weight, self.weight_scale, self.migration_scale, self.bias)
