@@ -22,7 +22,7 @@ _CHECKPOINT_FILES = (
     ),
 )
 # One of these says that a folder holds a checkpoint, or one that is being written.
-_MARKS = ("config.json", "qlinear.json", ".model-*.partial")
+_MARKS = ("config.json", "qlinear.json", ".model-*.partial", ".qlinear")
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from ..inputs import calibration_ids, open_model
 from ..plan import Plan, file_names, make_plan
 from ..scheme import Scheme, get_scheme
 from .finish import finish
-from .journal import begin, discard, identity, is_unfinished
+from .journal import begin, can_be_taken_up, discard, identity, is_unfinished
 from .loop import Job
 from .recipe import Algorithm, Keep, Layer, Progress, Recipe
 from .refusal import leaving_no_trace, require_finite, require_floats
@@ -100,7 +100,7 @@ def quantize(
     keep = _kept(migration_scale, format, wanted)
     source = open_model(model, dtype, trust_remote_code, revision)
     source.checkpoint.require_unquantized()
-    goes_on = resume and not overwrite and is_unfinished(out)
+    goes_on = resume and not overwrite and can_be_taken_up(out)
     if not goes_on:
         require_empty(out, overwrite or is_unfinished(out), source.checkpoint.path)
     others = {pattern: get_scheme(each) for pattern, each in (scheme_for or {}).items()}

@@ -150,7 +150,12 @@ def identity(source: StreamedModel, tokens: Tensor | None) -> dict[str, str]:
 
 
 def is_unfinished(out: str | Path) -> bool:
-    """Whether a folder holds a run that can be taken up."""
+    """Whether a folder holds the remains of a run."""
+    return (Path(out) / _FOLDER).is_dir()
+
+
+def can_be_taken_up(out: str | Path) -> bool:
+    """Whether a folder holds a run that got as far as its journal: its weights were found to be sound."""
     return (Path(out) / _FOLDER / "journal.json").is_file()
 
 
