@@ -30,8 +30,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def original(folder: Path) -> nn.Module:
-    options = {"dtype": torch.float32, "experts_implementation": "eager"}
-    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -75,7 +74,7 @@ def test_the_file_is_as_the_format_is_described(scheme: str, keep: str, tmp_path
 
 
 @schemes
-@pytest.mark.parametrize("architecture", ["qwen2", "gemma3_text", "mixtral"])
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma3_text"])
 def test_it_reads_back_what_was_written_and_keeps_the_function(
     scheme: str, architecture: str, tmp_path: Path
 ) -> None:
@@ -93,8 +92,9 @@ def test_it_reads_back_what_was_written_and_keeps_the_function(
 
 
 @schemes
-def test_the_other_layouts_hold_the_same_codes(scheme: str, tmp_path: Path) -> None:
-    source = save_model(tmp_path / "source", "qwen2")
+@pytest.mark.parametrize("architecture", ["qwen2", "mixtral"])
+def test_the_other_layouts_hold_the_same_codes(scheme: str, architecture: str, tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", architecture)
     qlinear.quantize(source, tmp_path / "a", scheme, calibration=IDS, format="lmdeploy")
     qlinear.convert(tmp_path / "a", tmp_path / "b", "compressed-tensors")
     qlinear.convert(tmp_path / "b", tmp_path / "c", "lmdeploy")
