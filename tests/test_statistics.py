@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -71,6 +72,10 @@ def test_what_reads_one_tensor_is_held_once(tmp_path: Path) -> None:
     assert inputs[f"{attention}.q_proj"] is inputs[f"{attention}.k_proj"] is inputs[f"{attention}.v_proj"]
     assert inputs[f"{mlp}.gate_proj"] is inputs[f"{mlp}.up_proj"]
     assert len({id(stats) for stats in inputs.values()}) == 2 * 4
+    # Under the name of the first that reads it.
+    held = {name.rpartition(".")[0] for name in load_file(tmp_path / "s.safetensors")}
+    leaders = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+    assert held == {f"model.layers.{layer}.{name}" for layer in range(2) for name in leaders}
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])

@@ -93,6 +93,8 @@ def _of_block(
     shown.step()
     every = {weight for product in trace.products for weight in _slices(block, product.weight)}
     linears = {Weight(f"{n}.weight") for n, module in block.named_modules() if isinstance(module, nn.Linear)}
+    in_order = dict.fromkeys([*(product.weight for product in trace.products), *found])
+    found = {weight: found[weight] for weight in in_order if weight in found}
     return _named(found, name), {input_name(name, weight) for weight in (every | linears) - set(found)}
 
 
