@@ -11,7 +11,8 @@ start a pool of its own). Between two blocks a lane holds what the model holds t
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from types import TracebackType
@@ -213,6 +214,16 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 def _is_block(module: nn.Module) -> bool:
     return sum(parameter.dim() > 1 for parameter in module.parameters()) > 1
+
+
+def shared_parameters(blocks: Iterable[nn.Module]) -> dict[nn.Module, frozenset[str]]:
+    """The parameters of each block that another block holds too, by their names in it."""
+    blocks = list(dict.fromkeys(blocks))
+    holders = Counter(id(parameter) for block in blocks for parameter in block.parameters())
+    return {
+        block: frozenset(name for name, p in block.named_parameters() if holders[id(p)] > 1)
+        for block in blocks
+    }
 
 
 def batches_of(tokens: Tensor, batch_size: int) -> list[dict[str, Any]]:

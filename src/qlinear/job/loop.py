@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..blocks import Lane, batches_of
+from ..blocks import Lane, batches_of, shared_parameters
 from ..calibrate import calibrate
 from ..checkpoint import Checkpoint, ShardWriter, StreamedModel
 from ..errors import StructureError
@@ -52,6 +52,7 @@ class Job:
         self.journal = journal
         self.blocks = BlockWriter(source, writer, recipe, journal.done)
         self._likely: Sequence[Fold] = ()
+        self._shared = shared_parameters(source.blocks.values())
 
     @property
     def out(self) -> Path:
@@ -112,7 +113,7 @@ class Job:
     def _calibrated(
         self, block: nn.Module, probe: Lane, proof: Lane, smoothed: Lane, *calibration: Lane
     ) -> None:
-        trace, self._likely = examine(block, probe.waiting, proof.waiting, self._likely)
+        trace, self._likely = examine(block, probe.waiting, proof.waiting, self._likely, self._shared[block])
         found = self._findings(block)
         found.stats = calibrate(
             block, calibration, trace, found.name,
@@ -143,7 +144,7 @@ class Job:
         """Pass a block that was finished before, as the run that finished it did."""
         found = self._findings(block)
         if found.name == self.journal.done.blocks[-1]:
-            _, self._likely = examine(block, probe.waiting, proof.waiting)
+            _, self._likely = examine(block, probe.waiting, proof.waiting, (), self._shared[block])
         for lane in (probe, proof, *(() if self.recipe.propagate else calibration)):
             lane.step()
         self.journal.restore(found)

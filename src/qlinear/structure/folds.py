@@ -32,7 +32,7 @@ class Producer:
         return (self.gain[0] if self.weight is None else self.weight.name).rpartition(".")[0]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Reader:
     """A weight and where its input comes from: input channel j is producer channel `channels[j]`, -1 if unknown.
 
@@ -56,12 +56,23 @@ class Reader:
         return gathered.scatter_reduce_(0, self.channels[known], per_input[known], "amax")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Fold:
     """A producer and all the weights that read it."""
 
     producer: Producer
     readers: tuple[Reader, ...]
+
+    @property
+    def touched(self) -> set[str]:
+        """The parameters that it changes, by name."""
+        producer = self.producer
+        own = (
+            {*producer.gain, producer.bias}
+            if producer.weight is None
+            else {producer.weight.name, producer.bias}
+        )
+        return {name for name in own if name} | {reader.weight.name for reader in self.readers}
 
     @property
     def reached(self) -> Tensor:

@@ -9,7 +9,7 @@ norms that multiply by 1 + gain. Three ways for a wrong fold to look right are c
 - a clamp that does not bite on these tokens: the producer is also tried 2^4 and 2^8 times larger.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
@@ -27,32 +27,44 @@ _MAGNITUDES = (1.0, 16.0, 256.0)
 
 
 def examine(
-    block: nn.Module, probe: Call, proof: Call, likely: Sequence[Fold] = ()
+    block: nn.Module,
+    probe: Call,
+    proof: Call,
+    likely: Sequence[Fold] = (),
+    shared: Collection[str] = (),
 ) -> tuple[Trace, list[Fold]]:
     """A run of the block on real sequences, and the folds that are proved on them.
 
     probe: a call with one-token sequences, to experiment on. proof: one with real sequences. likely: the folds of
     the block before, which are proved first: in most models all blocks are built alike, and little is left to look for.
+    shared: parameters that another block holds too, which no fold may touch.
     The block computes in float32 meanwhile, whatever its parameters are held in.
     """
     with _in_float32(block):
         trace = observe(block, proof.forward, proof.args, proof.kwargs)
-        folds = proved(block, proof, [fold for fold in likely if _stands_in(fold, block, trace)], trace)
+        fitting = [f for f in likely if _stands_in(f, block, trace) and f.touched.isdisjoint(shared)]
+        folds = proved(block, proof, fitting, trace)
         # Real sequences show most of it. What they leave open, such as which rows of a fused projection are the
         # value's, one-token sequences may tell.
         for call in (proof, probe):
             if _lacking(trace, folds):
-                folds = _completed(block, Finder(block, call), proof, trace, folds)
+                folds = _completed(block, Finder(block, call), proof, trace, folds, shared)
         return trace, folds
 
 
 def _completed(
-    block: nn.Module, finder: Finder, proof: Call, trace: Trace, folds: Sequence[Fold]
+    block: nn.Module,
+    finder: Finder,
+    proof: Call,
+    trace: Trace,
+    folds: Sequence[Fold],
+    shared: Collection[str],
 ) -> list[Fold]:
     """The folds, and those that are found and proved for the weights that lack one."""
     found = list(folds)
     while guesses := list(finder.folds(_lacking(trace, found))):
-        new = proved(block, proof, guesses, trace, found)
+        own = [fold for fold in guesses if fold.touched.isdisjoint(shared)]
+        new = proved(block, proof, own, trace, found)
         if new and prove(block, proof, [*found, *new], trace):
             found += new
     return found
@@ -115,10 +127,10 @@ def proved(
     folds = list(folds)
     suggested = _disjoint([*given, *folds])[len(given) :]
     held = _held_among(block, call, suggested, plain)
+    if held == folds:
+        return held
     # Where some fail, another may take the weights that they wanted; and all must hold together.
-    left = _disjoint([*given, *held, *(fold for fold in folds if fold not in suggested)])[
-        len(given) + len(held) :
-    ]
+    left = _disjoint([*given, *held, *(f for f in folds if f not in suggested)])[len(given) + len(held) :]
     held += _held_among(block, call, left, plain)
     return held if len(held) < 2 or prove(block, call, held, plain) else held[:1]
 
@@ -220,7 +232,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
     """Equal to 1e-5 relative to `a` itself; what is not finite must be so in both."""
     if a.shape != b.shape:
         return False
-    if not a.is_floating_point():
+    if torch.equal(a, b) or not a.is_floating_point():
         return torch.equal(a, b)
     a, b = a.double(), b.double()
     finite = a.isfinite()
