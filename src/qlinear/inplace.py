@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from .calibrate import InputStats, StatsCollector
 from .errors import SchemeError, StructureError
 from .nn import QLinear
+from .nn.fast_paths import leave_fast_paths
 from .scheme import Scheme, get_scheme
 from .smooth import smoothing_scale, weight_statistic
 from .structure import Weight, watching
@@ -81,7 +82,7 @@ def quantize_(
     _replace(
         module, {n: _quantized(layer, scheme, stats.get(n), scales.get(n)) for n, layer in layers.items()}
     )
-    _leave_fast_paths(module)
+    leave_fast_paths(module)
     return InPlace(module, tuple(layers), _left(module, seen if example_inputs is not None else None))
 
 
@@ -263,20 +264,6 @@ def _replace(module: nn.Module, layers: Mapping[str, QLinear]) -> None:
         for name, child in list(parent._modules.items()):
             if child in by_child:
                 setattr(parent, name, by_child[child])
-
-
-def _leave_fast_paths(module: nn.Module) -> None:
-    """Let torch's encoder layers call their linears: in evaluation they hand the float weights to one fused operator.
-
-    What is set are the attributes by which they decide.
-    """
-    for child in module.modules():
-        encoders = child.layers if isinstance(child, nn.TransformerEncoder) else [child]
-        if any(isinstance(each, QLinear) for encoder in encoders for each in encoder.children()):
-            if isinstance(child, nn.TransformerEncoder):
-                child.use_nested_tensor = False
-            elif isinstance(child, nn.TransformerEncoderLayer):
-                child.activation_relu_or_gelu = 0
 
 
 def _left(module: nn.Module, seen: _Seen | None) -> dict[str, str]:

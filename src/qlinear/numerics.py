@@ -5,6 +5,7 @@ a float32 copy of a whole weight would be read from and written to main memory f
 machines this runs on a fresh page costs more than the arithmetic done on it.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,8 @@ _TINY = torch.finfo(torch.float32).tiny
 
 def require_finite(x: Tensor, name: str, hint: str = "") -> None:
     """Raise NumericsError, naming the tensor and counting the elements, if `x` holds NaN or infinity."""
+    if x.is_meta:
+        return
     # A sum of finite numbers can overflow, but NaN and infinity always reach it: one cheap pass decides.
     if not x.is_floating_point() or bool(torch.isfinite(x.sum(dtype=torch.float32))):
         return
@@ -143,7 +146,8 @@ def quantize_tensor(
     where the format does not fit the shape.
     """
     require_finite(x, name)
-    flat = x.reshape(-1, x.shape[-1]) if fmt.granularity in ("channel", "token", "group") else x
+    is_by_rows = fmt.granularity in ("channel", "token", "group")
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) if is_by_rows else x
     if flat.dim() != 2 or fmt.granularity in ("tensor", "block"):
         scale, zero_point = choose_qparams(x, fmt, scale_dtype)
         return QuantizedTensor(quantize(x, scale, zero_point, fmt), scale, zero_point, fmt)

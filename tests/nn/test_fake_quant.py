@@ -158,6 +158,27 @@ def test_preparing_keeps_parameters_and_shared_layers() -> None:
     assert isinstance(model["c"], QLinear)
 
 
+def test_a_layer_that_stands_twice_in_one_module_is_replaced_in_both_places() -> None:
+    shared = nn.Linear(32, 32)
+    model = prepare(nn.Sequential(shared, nn.ReLU(), shared), "w8a8")
+    assert type(model[0]) is FakeQuantLinear
+    assert model[0] is model[2]
+    convert(model)
+    assert type(model[0]) is QLinear
+    assert model[0] is model[2]
+
+
+@torch.no_grad()
+def test_torchs_encoder_layers_round_in_evaluation_as_in_training() -> None:
+    """Their fused operator would take the float weights, and round nothing."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True), 2)
+    x = torch.randn(3, 5, 32)
+    expected = prepare(model, "w4a16-channel")(x)
+    torch.testing.assert_close(model.eval()(x), expected)
+    torch.testing.assert_close(convert(model)(x), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_lone_linear_is_prepared_and_converted() -> None:
     linear = nn.Linear(32, 8)
     prepared = prepare(linear, "w8a8")

@@ -113,6 +113,44 @@ def test_a_pair_of_codes_and_scale_skips_quantizing() -> None:
     assert torch.equal(layer((tokens.codes, tokens.scale)), layer(x))
 
 
+@pytest.mark.parametrize(
+    ("codes", "scale"),
+    [
+        (torch.zeros(2, 256), torch.ones(2, 1)),
+        (torch.zeros(2, 256, dtype=torch.uint8), torch.ones(2, 1)),
+        (torch.zeros(2, 256, dtype=torch.int8), torch.ones(3, 1)),
+        (torch.zeros(2, 256, dtype=torch.int8), torch.ones(2)),
+    ],
+)
+def test_a_pair_that_is_none_is_refused(codes: Tensor, scale: Tensor) -> None:
+    with pytest.raises(QLinearError, match=r"must be int8 codes .* and their scale"):
+        quantized()[1]((codes, scale))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
+@pytest.mark.parametrize("name", ["w8a8", "w8a8-asym", "w8a8-static", "w8a16", "fp8"])
+@pytest.mark.parametrize(("width", "out"), [(0, 4), (4, 0), (0, 0)])
+def test_a_layer_of_no_width_is_one_as_to_linear(name: str, width: int, out: int) -> None:
+    linear, layer = nn.Linear(width, out), QLinear(width, out, scheme=name)
+    layer.bias.copy_(linear.bias.detach())
+    for shape in ((3, width), (2, 3, width), (width,)):
+        assert layer(torch.randn(shape)).shape == linear(torch.randn(shape)).shape
+    if width == 0:
+        assert torch.equal(layer(torch.randn(3, 0)), linear(torch.randn(3, 0)))
+
+
+@named
+def test_a_layer_without_data_is_quantized_without_data(scheme: Scheme) -> None:
+    _, source = quantized(scheme)
+    if scheme.is_static:
+        pytest.skip("statistics are data")
+    layer = QLinear.from_float(nn.Linear(256, 24, device="meta"), scheme)
+    assert all(buffer.is_meta for buffer in layer.buffers())
+    layer.load_state_dict(source.state_dict(), assign=True)
+    x = torch.randn(3, 256)
+    assert torch.equal(layer(x), source(x))
+
+
 def test_a_pair_is_refused_where_no_integer_kernel_takes_it() -> None:
     _, layer = quantized("w8a16")
     with pytest.raises(SchemeError, match="'w8a16' takes no codes as input"):

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from ..errors import SchemeError
 from ..numerics import QuantizedTensor, choose_qparams, per_element, qparams_from_range, quantize
 from ..scheme import Scheme, TensorFormat, get_scheme
+from .fast_paths import leave_fast_paths
 from .qlinear import QLinear
 
 # How much of the range of a static activation the next batch replaces.
@@ -217,8 +218,9 @@ def _replaced(module: nn.Module, kind: type[_L], make: Callable[[_L], nn.Module]
         return make(module)
     made: dict[int, nn.Module] = {}
     for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is kind:
+        for name, child in list(parent._modules.items()):
+            if child is not None and type(child) is kind:
                 made[id(child)] = made.get(id(child)) or make(child)
                 setattr(parent, name, made[id(child)])
+    leave_fast_paths(module)
     return module

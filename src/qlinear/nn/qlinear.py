@@ -261,6 +261,11 @@ class QLinear(nn.Module):
                 f"scheme {self.scheme.name!r} takes no codes as input; give it the float tensor"
             )
         self._check_shape(codes)
+        if codes.dtype != torch.int8 or scale.shape not in ((1,), (*codes.shape[:-1], 1)):
+            raise QLinearError(
+                f"a pair must be int8 codes (*, in) and their scale (*, 1) or (1,); got {codes.dtype} of shape "
+                f"{tuple(codes.shape)} and a scale of shape {tuple(scale.shape)}"
+            )
         return ops.codes_linear(
             codes, scale, None, self.weight, self.weight_scale, None, self.bias, self.dtype
         )

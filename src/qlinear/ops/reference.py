@@ -9,6 +9,8 @@ The integer product goes through float32 matrix products, which every device has
 no partial sum passes 2²⁴, so `in` is cut into slices that cannot get there: 1024 for int8 codes, 512 for uint8.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -79,7 +81,7 @@ def codes_linear(
     codes: (*, in) int8 or uint8. scale, zero_point: (*, 1) per token or (1,) per tensor. weight: (out, in) int8.
     weight_scale, weight_zero_point: (out, 1) or (1,). bias: (out,). Returns (*, out) in `dtype`.
     """
-    rows = codes.reshape(-1, codes.shape[-1])
+    rows = codes.reshape(math.prod(codes.shape[:-1]), codes.shape[-1])
     acc = int_matmul(rows, weight)
     if zero_point is not None:
         acc -= zero_point.reshape(-1, 1).int() * weight.sum(1, dtype=torch.int32)
