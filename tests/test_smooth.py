@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qlinear.errors import SchemeError
-from qlinear.smooth import Smoothing, group_scale, smoothing_scale, weight_statistic
-from qlinear.structure import find_groups
+from qlinear.smooth import GroupStatistics, Smoothing, group_scale, smoothing_scale, weight_statistic
+from qlinear.structure import Fold, InputGroup, Producer, Reader, Weight, find_groups
 
 from .test_structure import WIDTH, Block, OnePlusNorm, call_of, folds_of, perturbed
 
@@ -102,3 +102,72 @@ def test_one_vector_serves_every_reader_of_a_group() -> None:
     stats = {w: torch.full((WIDTH,), float(i + 1)) for i, w in enumerate(group.weights)}
     matrices = {w: torch.ones(4, WIDTH) * (i + 1) for i, w in enumerate(group.weights)}
     assert group_scale(group, matrices, stats, 0.5).tolist() == [1.0] * WIDTH
+
+
+def brute_force(columns: np.ndarray, magnitudes: np.ndarray, form: str, alpha: float) -> np.ndarray:
+    """s of its definition, float64. columns: the rows (out, in) of all weights of a group; magnitudes: a (in,)."""
+    size = columns.shape[1]
+    s = np.ones(size)
+    for j in range(size):
+        if form == "absmax":
+            w = max(abs(row[j]) for row in columns)
+        else:
+            w = sum(abs(row[j]) / max(abs(row)) for row in columns) / len(columns)
+        s[j] = magnitudes[j] ** alpha / w ** (1 - alpha)
+    return s / np.sqrt(s.max() * s.min()) if form == "awq" else s
+
+
+@pytest.mark.parametrize("form", ["absmax", "mean", "awq"])
+@pytest.mark.parametrize("folded", [True, False])
+def test_a_groups_vector_is_that_of_all_its_rows_in_every_form(form: str, folded: bool) -> None:
+    """However many rows each of the weights that share an input has."""
+    trace, _, folds = folds_of(perturbed(Block()))
+    group = next(g for g in find_groups(trace, folds) if len(g.weights) == 3)
+    group = group if folded else InputGroup(group.weights)
+    rng = np.random.default_rng(0)
+    rows = {weight: rng.normal(size=(i + 2, WIDTH)) for i, weight in enumerate(group.weights)}
+    absmax, absmean = (np.exp(rng.normal(size=WIDTH)) for _ in range(2))
+    statistics = GroupStatistics.of(
+        group,
+        {weight: torch.tensor(matrix) for weight, matrix in rows.items()},
+        dict.fromkeys(group.weights, torch.tensor(absmax)),
+        dict.fromkeys(group.weights, torch.tensor(absmean)),
+    )
+    expected = brute_force(
+        np.concatenate(list(rows.values())), absmean if form == "awq" else absmax, form, 0.6
+    )
+    np.testing.assert_allclose(statistics.scale(0.6, form).numpy(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["absmax", "mean", "awq"])
+def test_a_value_head_that_is_repeated_takes_the_largest_of_its_columns(form: str) -> None:
+    """Grouped-query attention: channel c of v reaches columns c and c + 4 of the output projection."""
+    value, output = Weight("v.weight"), Weight("o.weight")
+    fold = Fold(Producer(4, weight=value), (Reader(output, torch.arange(8) % 4),))
+    rng = np.random.default_rng(1)
+    matrix, absmax, absmean = rng.normal(size=(3, 8)), *(np.exp(rng.normal(size=8)) for _ in range(2))
+    statistics = GroupStatistics.of(
+        InputGroup((output,), fold),
+        {output: torch.tensor(matrix)},
+        {output: torch.tensor(absmax)},
+        {output: torch.tensor(absmean)},
+    )
+    a = (absmean if form == "awq" else absmax).reshape(2, 4).max(0)
+    w = np.abs(matrix).max(0)
+    if form != "absmax":
+        w = (np.abs(matrix) / np.abs(matrix).max(1, keepdims=True)).mean(0)
+    s = a**0.5 / w.reshape(2, 4).max(0) ** 0.5
+    expected = s / np.sqrt(s.max() * s.min()) if form == "awq" else s
+    np.testing.assert_allclose(statistics.scale(0.5, form).numpy(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["absmax", "mean", "awq"])
+def test_a_group_that_no_token_reached_has_its_weights_evened_out_around_one(form: str) -> None:
+    weight = Weight("expert.down", index=1)
+    matrix = torch.randn(6, WIDTH)
+    s = GroupStatistics.of(InputGroup((weight,)), {weight: matrix}, {}, {}).scale(0.5, form)
+    assert bool(s.isfinite().all())
+    torch.testing.assert_close(s.amax() * s.amin(), torch.tensor(1.0))
+    column = weight_statistic([matrix * s], "absmax" if form == "absmax" else "mean")
+    before = weight_statistic([matrix], "absmax" if form == "absmax" else "mean")
+    assert column.amax() / column.amin() < before.amax() / before.amin()

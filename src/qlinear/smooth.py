@@ -162,7 +162,7 @@ class GroupStatistics:
     """What the smoothing vectors of an input group are made of: over its producer's channels, or its input's.
 
     absmax, absmean: of the activations (size,), None for a group that saw no token, an idle expert's. weight_absmax,
-    weight_mean: of the weights' columns (size,), both forms of `weight_statistic`.
+    weight_mean: of the weights' columns (size,), both forms of `weight_statistic` over the rows of all weights.
     Where several input channels carry one producer channel (grouped-query attention repeats a value head) the largest
     of their statistics counts.
     """
@@ -183,12 +183,11 @@ class GroupStatistics:
     ) -> "GroupStatistics":
         """Of matrices (out, in), and of absmax and absmean (in,) for the weights that saw tokens."""
         largest = {w: weight_statistic([matrices[w]]) for w in group.weights}
-        means = {w: weight_statistic([matrices[w]], "mean", group_size) for w in group.weights}
         return cls(
             _per_channel(group, absmax) if absmax else None,
             _per_channel(group, absmean) if absmean else None,
             _per_channel(group, largest),
-            _per_channel(group, means),
+            _mean_per_channel(group, matrices, group_size),
         )
 
     def scale(self, alpha: float = 0.5, form: Literal["absmax", "mean", "awq"] = "absmax") -> Tensor:
@@ -209,9 +208,22 @@ def group_scale(
     return GroupStatistics(_per_channel(group, seen) if seen else None, None, w, w).scale(alpha)
 
 
+def _mean_per_channel(group: InputGroup, matrices: Mapping[Weight, Tensor], group_size: int | None) -> Tensor:
+    """The "mean" statistic over the rows of all weights of a group, as if they were one: each row counts alike."""
+    rows = {w: float(len(matrices[w])) for w in group.weights}
+    sums = {w: weight_statistic([matrices[w]], "mean", group_size) * rows[w] for w in group.weights}
+    counts = {w: torch.full_like(sums[w], rows[w]) for w in group.weights}
+    return _gathered(group, sums).sum(0) / _gathered(group, counts).sum(0).clamp(min=1)
+
+
 def _per_channel(group: InputGroup, of: Mapping[Weight, Tensor]) -> Tensor:
     """The largest of some weights' statistics (in,) at each of the producer's channels, or of the input's."""
+    return _gathered(group, of).amax(0)
+
+
+def _gathered(group: InputGroup, of: Mapping[Weight, Tensor]) -> Tensor:
+    """Statistics (in,) of some weights of a group, (weights, size): at the producer's channels, or the input's."""
     if group.fold is None:
-        return torch.stack(list(of.values())).amax(0)
+        return torch.stack(list(of.values()))
     size, readers = group.fold.producer.size, group.fold.readers
-    return torch.stack([r.gather(of[r.weight], size) for r in readers if r.weight in of]).amax(0)
+    return torch.stack([r.gather(of[r.weight], size) for r in readers if r.weight in of])
