@@ -31,7 +31,14 @@ SIZES: dict[str, Any] = {
     "vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 16, "n_layers": 2, "n_heads": 4,
     "max_seq_len": 64, "ffn_hidden_size": 96, "depth": 2, "embed_dim": 64, "adapter_out_dim": 64,
 }  # fmt: skip
-PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type", "block_types", "attn_layers")
+PER_LAYER = (
+    "layer_types",
+    "mlp_layer_types",
+    "no_rope_layers",
+    "layers_block_type",
+    "block_types",
+    "attn_layers",
+)
 LARGEST = 30_000_000
 
 # What a class needs besides, or can't take: None drops a size.
@@ -61,7 +68,7 @@ INSISTS: dict[str, dict[str, Any]] = {
     "Reformer": {
         "is_decoder": True, "attn_layers": ["local", "lsh"], "num_attention_heads": 4, "attention_head_size": 16,
         "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [32, 32], "local_attn_chunk_length": 8,
-        "lsh_attn_chunk_length": 8, "feed_forward_size": 96, "num_buckets": 4,
+        "lsh_attn_chunk_length": 8, "feed_forward_size": 96, "num_buckets": 4, "hash_seed": 0,
     },
     "Xmod": {"default_language": "en_XX"},
     "Zamba": {

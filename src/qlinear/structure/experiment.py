@@ -9,7 +9,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -118,19 +118,18 @@ class _Experiment(Watch):
         return out
 
     def _product(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: Operands, weight: Weight
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: Operands, weights: list[Weight]
     ) -> Tensor:
-        x = found.rows(found.x)
-        y = self._reply(weight)
+        y = self._reply(weights[0])
         if y is None:
-            scaled = found.rows(self._scaled(weight, x, x, self._inputs))
-            args = tuple(scaled if a is found.x else a for a in args)
-            y = func(*args, **{k: scaled if a is found.x else a for k, a in kwargs.items()})
-        self.trace.outputs.append((weight, y.detach().clone()))
-        self._report(weight, x, found.rows(y), found.bias)
-        y = found.rows(self._scaled(weight, x, found.rows(y), self._outputs))
+            x = _scaled(found, weights, found.x, self._inputs)
+            args = tuple(x if a is found.x else a for a in args)
+            y = func(*args, **{k: x if a is found.x else a for k, a in kwargs.items()})
+        self.trace.outputs.append((weights[0], y.detach().clone()))
+        self._report(found, weights, y)
+        y = _scaled(found, weights, y, self._outputs)
         self.made.append(weakref.ref(y))
-        self._origins.begin(y, weight.name)
+        self._origins.begin(y, weights[0].name)
         return y
 
     def _reply(self, weight: Weight) -> Tensor | None:
@@ -139,15 +138,15 @@ class _Experiment(Watch):
             return None
         return self._replies.popleft()[1].clone()
 
-    def _scaled(self, weight: Weight, x: Tensor, values: Tensor, scales: Scales) -> Tensor:
-        """Input or output `values` of a product, times what `scales` has for its weight, or for each slice."""
-        if weight in scales:
-            return values * scales[weight].to(values)
-        if not self._is_batch(weight, x):
-            return values
-        slices = (replace(weight, index=index) for index in range(x.shape[0]))
-        one = torch.ones(values.shape[-1])
-        return values * torch.stack([scales.get(w, one) for w in slices]).unsqueeze(1).to(values)
+
+def _scaled(found: Operands, weights: list[Weight], values: Tensor, scales: Scales) -> Tensor:
+    """Input or output `values` of a product, times what `scales` has for its weight, or for each slice."""
+    if scales.keys().isdisjoint(weights):
+        return values
+    rows = found.rows(values)
+    one = torch.ones(rows.shape[-1])
+    factors = torch.stack([scales.get(weight, one) for weight in weights]).to(values)
+    return found.rows(rows * (factors.unsqueeze(1) if len(weights) > 1 else factors[0]))
 
 
 class _Origins:
@@ -181,7 +180,7 @@ def _routed(scores: Tensor, chosen: Any, args: tuple[Any, ...], kwargs: dict[str
     """A router's choice, replaced by one that goes round all experts: an experiment must reach them all, and a
     change of scores must not send a token elsewhere."""
     dim = kwargs.get("dim", args[2] if len(args) > 2 else -1)
-    if dim not in (-1, scores.dim() - 1):
+    if dim not in (-1, scores.dim() - 1) or not chosen.indices.numel():
         return chosen
     count = chosen.indices.shape[-1]
     start = torch.arange(chosen.indices[..., 0].numel(), device=scores.device) * count

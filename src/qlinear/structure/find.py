@@ -176,7 +176,7 @@ class Finder:
 def _slice_by_slice(fold: Fold, block: nn.Module) -> Iterator[Fold]:
     """A fold of a whole stack as one of each slice into its own readers."""
     producer = fold.producer
-    if producer.weight is None or block.get_parameter(producer.weight.name).dim() < 3:
+    if producer.weight is None or producer.weight.of(block).dim() < 3:
         yield fold
         return
     for index in {reader.weight.index for reader in fold.readers} - {None}:

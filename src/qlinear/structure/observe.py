@@ -26,17 +26,20 @@ _BIAS_FIRST = {torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.baddbmm}
 class Weight:
     """A matrix that multiplies: a parameter of the block, or slice `index` of a stack of them.
 
-    transposed: stored as (in, out) rather than (out, in).
+    transposed: stored as (in, out) rather than (out, in). slices: how many a parameter of two dimensions is cut into
+    along its first, where the model views it as a stack.
     """
 
     name: str
     transposed: bool = False
     index: int | None = None
+    slices: int | None = None
 
     def of(self, block: nn.Module) -> Tensor:
         """The matrix itself as (out, in), a view of the block's parameter."""
         parameter = block.get_parameter(self.name)
-        matrix = parameter if self.index is None else parameter[self.index]
+        stack = parameter if self.slices is None else parameter.view(self.slices, -1, parameter.shape[-1])
+        matrix = stack if self.index is None else stack[self.index]
         return matrix.mT if self.transposed else matrix
 
     @property
@@ -70,10 +73,9 @@ class Watch(TorchFunctionMode):
         self._on_product = on_product
         self._names = {id(p): name for name, p in block.named_parameters()}
         self._parameters = {name: p for name, p in block.named_parameters() if p.dim() in (2, 3)}
-        # What a parameter was turned into by functions of it alone (views, slices, casts): id -> (tensor, name,
-        # which slice of a stack).
-        self._derived: dict[int, tuple[Tensor, str, int | None]] = {
-            id(p): (p, name, None) for name, p in self._parameters.items()
+        # What a parameter was turned into by functions of it alone (views, slices, casts): id -> (tensor, as a weight).
+        self._derived: dict[int, tuple[Tensor, Weight]] = {
+            id(p): (p, Weight(name)) for name, p in self._parameters.items()
         }
 
     def __torch_function__(
@@ -82,7 +84,7 @@ class Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         found = self._operands(func, args, kwargs)
         if found is not None:
-            return self._product(func, args, kwargs, found, self._weight(found))
+            return self._product(func, args, kwargs, found, self._weights(found))
         out = self._other(func, args, kwargs)
         if isinstance(out, Tensor):
             self._derive(func, out, args)
@@ -97,44 +99,44 @@ class Watch(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _product(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: Operands, weight: Weight
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: Operands, weights: list[Weight]
     ) -> Tensor:
         y: Tensor = func(*args, **kwargs)
-        self._report(weight, found.rows(found.x), found.rows(y), found.bias)
+        self._report(found, weights, y)
         return y
 
-    def _report(self, weight: Weight, x: Tensor, y: Tensor, bias: Any) -> None:
+    def _report(self, found: Operands, weights: list[Weight], y: Tensor) -> None:
         """Tell of a product; of a batch of them, with a stack of weights, slice by slice."""
-        name = self._names.get(id(bias))
-        if not self._is_batch(weight, x):
-            self._on_product(weight, x, y, name)
+        name, x, y = self._names.get(id(found.bias)), found.rows(found.x), found.rows(y)
+        if len(weights) == 1:
+            self._on_product(weights[0], x, y, name)
             return
-        for index in range(x.shape[0]):
-            self._on_product(replace(weight, index=index), x[index], y[index], name)
-
-    def _is_batch(self, weight: Weight, x: Tensor) -> bool:
-        parameter = self._parameters[weight.name]
-        return (
-            weight.index is None
-            and parameter.dim() == 3
-            and x.dim() == 3
-            and x.shape[0] == parameter.shape[0]
-        )
+        for i, weight in enumerate(weights):
+            self._on_product(weight, x[i], y[i], name)
 
     def _derive(self, func: Any, out: Tensor, args: tuple[Any, ...]) -> None:
         if not args or id(args[0]) not in self._derived or id(out) in self._derived:
             return
-        _, name, index = self._derived[id(args[0])]
+        _, weight = self._derived[id(args[0])]
         if func is Tensor.__getitem__ and args[0].dim() == 3 and out.dim() == 2:
-            index = int(args[1])
+            weight = replace(self._cut(weight, args[0]), index=int(args[1]))
         elif any(isinstance(other, Tensor) for other in args[1:]):
             return
-        self._derived[id(out)] = (out, name, index)
+        self._derived[id(out)] = (out, weight)
 
-    def _weight(self, found: Operands) -> Weight:
-        _, name, index = self._derived[id(found.matrix)]
+    def _cut(self, weight: Weight, matrix: Tensor) -> Weight:
+        """The weight as a stack, if that is how a parameter of two dimensions is viewed."""
+        is_view = self._parameters[weight.name].dim() == 2 and matrix.dim() == 3
+        return replace(weight, slices=matrix.shape[0]) if is_view else weight
+
+    def _weights(self, found: Operands) -> list[Weight]:
+        """What multiplies: one weight, or the slices of a stack, one for each element of a batch."""
+        _, weight = self._derived[id(found.matrix)]
         row_major = found.matrix.stride(-1) <= found.matrix.stride(-2)
-        return Weight(name, transposed=row_major != found.out_in, index=index)
+        weight = replace(self._cut(weight, found.matrix), transposed=row_major != found.out_in)
+        shapes = found.x.shape, found.matrix.shape
+        is_batch = weight.index is None and all(len(s) == 3 for s in shapes) and shapes[0][0] == shapes[1][0]
+        return [replace(weight, index=i) for i in range(shapes[1][0])] if is_batch else [weight]
 
 
 def _readings(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Operands]:
