@@ -56,8 +56,9 @@ def make_plan(
     if scheme is None:
         return Plan({}, (), source.checkpoint.nbytes)
     linears = dict(quantizable(source, transposed))
-    explicit = _explicit(source, linears, ignore, scheme_for or {})
-    notes = _merged(source, explicit) if ignore or scheme_for else []
+    rules = _rules(source, linears, ignore, scheme_for or {})
+    groups = merge_groups(source) if ignore or scheme_for else []
+    explicit, notes = _explicit(linears, rules, groups)
     choices = {name: explicit.get(name, scheme) for name in linears}
     schemes = {name: choice for name, choice in choices.items() if choice is not None}
     if not schemes:
@@ -73,41 +74,39 @@ def make_plan(
     )
 
 
-def _explicit(
+# A pattern, what it chooses, and the flag that it came with.
+_Rule = tuple[str, _Choice, str]
+
+
+def _rules(
     source: StreamedModel,
     linears: Mapping[str, tuple[int, ...]],
     ignore: Sequence[str] | None,
     scheme_for: Mapping[str, Scheme],
-) -> dict[str, _Choice]:
-    """What patterns say of single linears; those to be left in float count last, and so most."""
+) -> list[_Rule]:
+    """What patterns choose, the weakest first: those to be left in float count most."""
     patterns = [source.head_name, *routers(source, linears)] if ignore is None else ignore
-    rules: list[tuple[str, _Choice, str]] = [(p, s, "scheme-for") for p, s in scheme_for.items()]
-    rules += [(pattern, None, "ignore") for pattern in patterns]
+    rules: list[_Rule] = [(pattern, scheme, "scheme-for") for pattern, scheme in scheme_for.items()]
+    return [*rules, *((pattern, None, "ignore") for pattern in patterns)]
+
+
+def _explicit(
+    linears: Mapping[str, tuple[int, ...]], rules: Sequence[_Rule], groups: Sequence[Sequence[str]]
+) -> tuple[dict[str, _Choice], list[str]]:
+    """What the rules choose for single linears, extended to what engines merge; and notes on what was extended."""
+    merged_with = {name: group for group in groups for name in group}
     explicit: dict[str, _Choice] = {}
+    extended: dict[str, None] = {}
     for pattern, choice, flag in rules:
         names = [name for name in linears if matches(pattern, name)]
         if not names:
             example = next(iter(linears))
             raise SchemeError(f"{flag} pattern {pattern!r} matches no linear; names look like {example!r}")
-        explicit |= dict.fromkeys(names, choice)
-    return explicit
-
-
-def _merged(source: StreamedModel, explicit: dict[str, _Choice]) -> list[str]:
-    """Extend what patterns say to whole merge groups, in place; returns a note for each that grew."""
-    notes = []
-    for group in merge_groups(source):
-        told = {explicit[name] for name in group if name in explicit}
-        if len(told) > 1:
-            raise SchemeError(
-                f"patterns give {', '.join(group)} different schemes, but engines merge them into one layer: "
-                "let one pattern match all of them"
-            )
-        others = [name for name in group if name not in explicit]
-        if told and others:
-            explicit |= dict.fromkeys(others, next(iter(told)))
-            notes.append(f"{', '.join(others)}: chosen with what engines merge them with")
-    return notes
+        others = {other for name in names for other in merged_with.get(name, ())}.difference(names)
+        explicit |= dict.fromkeys((*names, *others), choice)
+        extended |= dict.fromkeys(sorted(others))
+    note = f"{', '.join(extended)}: chosen with what engines merge them with"
+    return explicit, [note] if extended else []
 
 
 def merge_groups(source: StreamedModel) -> list[list[str]]:

@@ -79,6 +79,10 @@ def quantize(
     ] = "demo",
     samples: Annotated[int, typer.Option(min=1, help="Sequences of calibration text.")] = 128,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 512,
+    stats: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="What `qlinear calibrate` wrote, instead of calibrating."),
+    ] = None,
     ignore: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
@@ -118,8 +122,9 @@ def quantize(
             model, out, scheme, smooth=_alpha(smooth), migration_scale=cast(Any, migration_scale),
             algorithm=cast(Any, algorithm), propagate=propagate, scheme_for=_pairs(scheme_for),
             keep_worst=keep_worst, format=format, calibration=calibration, samples=samples, seq_len=seq_len,
-            ignore=ignore, dtype=dtype, seed=seed, max_shard_size=_bytes(max_shard_size), overwrite=overwrite,
-            resume=resume, trust_remote_code=trust_remote_code, revision=revision, progress=bars.update,
+            stats=stats, ignore=ignore, dtype=dtype, seed=seed, max_shard_size=_bytes(max_shard_size),
+            overwrite=overwrite, resume=resume, trust_remote_code=trust_remote_code, revision=revision,
+            progress=bars.update,
         )  # fmt: skip
     _show(result, as_json, show_result)
 

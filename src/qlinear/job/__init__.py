@@ -25,6 +25,7 @@ import torch
 from ..checkpoint import Checkpoint, StreamedModel, clear, require_empty, require_space
 from ..checkpoint.layout import Layout
 from ..checkpoint.layouts import get_layout
+from ..checkpoint.statistics import Statistics, load_statistics
 from ..data import Source
 from ..errors import OutputError, SchemeError
 from ..inputs import calibration_ids, open_model
@@ -67,6 +68,7 @@ def quantize(
     calibration: Source = "demo",
     samples: int = 128,
     seq_len: int = 512,
+    stats: str | Path | None = None,
     ignore: Sequence[str] | None = None,
     dtype: str | torch.dtype | None = None,
     seed: int = 0,
@@ -87,9 +89,9 @@ def quantize(
     blocks before them give; None for yes, unless rounding to nearest. scheme_for: other schemes by pattern of names.
     keep_worst: how many of the most sensitive linears to leave in float. format: "compressed-tensors", "lmdeploy",
     "awq" or "qlinear". calibration: text (a file, "demo", a Hub id, an iterable of strings), "random", or token ids
-    (n, seq_len). samples, seq_len: how much of it is used. ignore: patterns of linears to leave in float; the output
-    head if None. dtype: what the calibration computes in. resume: go on with an unfinished run into `out`; False
-    starts anew. progress: called with (stage, done, total).
+    (n, seq_len). samples, seq_len: how much of it is used. stats: what `qlinear calibrate` wrote, instead of that.
+    ignore: patterns of linears to leave in float; the output head if None. dtype: what the calibration computes in.
+    resume: go on with an unfinished run into `out`; False starts anew. progress: called with (stage, done, total).
     Raises QLinearError, before any work, for whatever cannot be done; nothing is written then.
     """
     began = time.monotonic()
@@ -112,12 +114,18 @@ def quantize(
     require_floats(source, plan)
     config = _config(source, layout, plan, ())
     require_space(out, plan.nbytes)
-    tokens = calibration_ids(calibration, source, samples, seq_len, seed) if recipe.needs_data else None
+    statistics = None if stats is None else _statistics(stats, source, recipe)
+    tokens = None
+    if recipe.needs_data:
+        # With statistics at hand, tokens only serve to find and prove folds.
+        text, samples, seq_len = (calibration, samples, seq_len) if statistics is None else ("random", 2, 16)
+        tokens = calibration_ids(text, source, samples, seq_len, seed)
     settings = {
         "scheme": "none" if wanted is None else wanted.name, "format": format, "algorithm": algorithm,
         "smooth": "off" if recipe.smooth is None else recipe.smooth, "migration_scale": keep,
         "propagate": recipe.propagate, "scheme_for": {pattern: each.name for pattern, each in others.items()},
-        "keep_worst": keep_worst, "ignore": None if ignore is None else list(ignore),
+        "keep_worst": keep_worst, "stats": None if stats is None else Path(stats).name,
+        "ignore": None if ignore is None else list(ignore),
         "samples": 0 if tokens is None else len(tokens),
         "seq_len": seq_len if tokens is None else tokens.shape[1], "seed": seed,
         "dtype": str(source.dtype).removeprefix("torch."), "max_shard_size": max_shard_size,
@@ -127,9 +135,8 @@ def quantize(
         require_finite(source, progress)
         discard(out)
         clear(out)
-    job = Job(
-        source, *begin(out, settings | identity(source, tokens), max_shard_size), recipe, tokens, progress
-    )
+    writer, journal = begin(out, settings | identity(source, tokens), max_shard_size)
+    job = Job(source, writer, journal, recipe, tokens, progress, statistics)
     with leaving_no_trace(job, existed):
         job.run()
     if job.kept:
@@ -142,6 +149,16 @@ def quantize(
         str(out), time.monotonic() - began, peak_rss(), Checkpoint.open(out).nbytes, source.checkpoint.nbytes,
         tuple(job.layers), (*plan.notes, *job.warnings),
     )  # fmt: skip
+
+
+def _statistics(stats: str | Path, source: StreamedModel, recipe: Recipe) -> Statistics:
+    """Statistics from a file. Raises SchemeError for what needs the inputs themselves."""
+    if recipe.algorithm != "rtn" or isinstance(recipe.smooth, str) or recipe.propagate:
+        raise SchemeError(
+            f"algorithm {recipe.algorithm!r} with smooth {recipe.smooth!r} looks at inputs, of which {stats} holds "
+            "only statistics: give --calibration instead"
+        )
+    return load_statistics(stats, source.checkpoint.fingerprint())
 
 
 def _config(source: StreamedModel, layout: Layout, plan: Plan, kept: Sequence[str]) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..blocks import Lane, batches_of, shared_parameters
 from ..calibrate import calibrate
 from ..checkpoint import Checkpoint, ShardWriter, StreamedModel
+from ..checkpoint.statistics import Statistics
 from ..errors import StructureError
 from ..structure import Fold, examine, find_groups
 from .journal import Journal
@@ -37,6 +38,7 @@ class Job:
     """Quantizes the linears of a model's blocks; `run` is the loop.
 
     recipe: what is done to each of them. tokens: the calibration set (n, seq_len), None where nothing needs it.
+    statistics: of an earlier calibration, which then stand for what this set would give.
     """
 
     def __init__(
@@ -47,7 +49,9 @@ class Job:
         recipe: Recipe,
         tokens: Tensor | None,
         progress: Progress,
+        statistics: Statistics | None = None,
     ) -> None:
+        self.statistics = statistics
         self.source, self.recipe, self.tokens, self.progress = source, recipe, tokens, progress
         self.journal = journal
         self.blocks = BlockWriter(source, writer, recipe, journal.done)
@@ -90,7 +94,7 @@ class Job:
         self.progress("quantizing", len(self.source.blocks), len(self.source.blocks))
 
     def _run_calibrated(self, tokens: Tensor) -> None:
-        with torch.no_grad(), self.source.lanes(micro_batches(tokens)) as lanes:
+        with torch.no_grad(), self.source.lanes(self._batches(tokens)) as lanes:
             while (block := lanes.at) is not None and block is not self.source.head:
                 with self._loaded(block):
                     if self.source.name_of(block) in self.journal.done.blocks:
@@ -106,6 +110,9 @@ class Job:
         with self.source.loaded(block):
             yield
 
+    def _batches(self, tokens: Tensor) -> list[dict[str, Any]]:
+        return [*experiments(tokens), *([] if self.statistics else calibration_batches(tokens))]
+
     def _findings(self, block: nn.Module) -> Findings:
         name = self.source.name_of(block)
         return Findings(name, block, lambda key: self.source.stored_dtype(joined(name, key)))
@@ -115,10 +122,13 @@ class Job:
     ) -> None:
         trace, self._likely = examine(block, probe.waiting, proof.waiting, self._likely, self._shared[block])
         found = self._findings(block)
-        found.stats = calibrate(
-            block, calibration, trace, found.name,
-            second_moments=self.recipe.algorithm == "gptq", advance=not self.recipe.propagate,
-        )  # fmt: skip
+        if self.statistics is None:
+            found.stats = calibrate(
+                block, calibration, trace, found.name,
+                second_moments=self.recipe.algorithm == "gptq", advance=not self.recipe.propagate,
+            )  # fmt: skip
+        else:
+            found.stats = self.statistics.of_block(found.name, trace)
         probe.step()
         proof.step()
         folds = [] if self.recipe.migration_scale == "always" else self._likely
@@ -160,11 +170,15 @@ class Job:
                 lane.step()
 
 
-def micro_batches(tokens: Tensor) -> list[dict[str, Any]]:
-    """The model calls of a job: one to experiment on, two alike to prove with, and the calibration set."""
+def experiments(tokens: Tensor) -> list[dict[str, Any]]:
+    """The first model calls of a job: one to experiment on, and two alike to prove with."""
     probe, proof = tokens.flatten()[:_PROBE].unsqueeze(1), tokens[: _PROOF[0], : _PROOF[1]]
-    size = max(1, _BATCH_TOKENS // tokens.shape[1])
-    return [*batches_of(probe, _PROBE), *batches_of(proof, len(proof)) * 2, *batches_of(tokens, size)]
+    return [*batches_of(probe, _PROBE), *batches_of(proof, len(proof)) * 2]
+
+
+def calibration_batches(tokens: Tensor) -> list[dict[str, Any]]:
+    """The calibration set (n, seq_len) as model calls."""
+    return batches_of(tokens, max(1, _BATCH_TOKENS // tokens.shape[1]))
 
 
 def require_agreement(original: Lane, smoothed: Lane, checkpoint: Checkpoint) -> None:

@@ -15,6 +15,9 @@ from ..scheme import Scheme, TensorFormat
 from ..structure import Weight
 from .recipe import Algorithm, Findings, Recipe
 
+# Shares of a static input's range to choose from.
+_RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+
 
 @dataclass(frozen=True, slots=True)
 class Rounded:
@@ -35,7 +38,7 @@ def grouped(found: Findings, weights: Sequence[Weight], recipe: Recipe) -> list[
     units: dict[tuple[int, Scheme], list[Weight]] = {}
     for weight in weights:
         scheme, stats = recipe.schemes.get(found.full_name(weight)), found.stats.get(weight)
-        if scheme is not None and stats is not None:
+        if scheme is not None and stats is not None and (len(stats.sample) or scheme.is_static):
             units.setdefault((id(stats), scheme), []).append(weight)
     return [
         (members, _group(found, members, scheme, found.stats[members[0]]))
@@ -95,15 +98,18 @@ def _without_data(found: Findings, weight: Weight, scheme: Scheme) -> Rounded:
 def _round_unit(
     found: Findings, members: Sequence[Weight], group: Group, algorithm: Algorithm
 ) -> Iterator[Rounded]:
-    activation, x = group.scheme.activation, group.quantized_sample()
     inputs: tuple[Tensor | None, Tensor | None] = (None, None)
+    activation = group.scheme.activation
     if activation is not None and not activation.dynamic:
+        group = narrowed(group)
         inputs = input_qparams(group.low, group.high, activation)
-    results = _algorithm(group, algorithm)
+    x, results = group.quantized_sample(), _algorithm(group, algorithm)
     for weight, (name, matrix) in zip(members, group.weights.items(), strict=True):
         quantized, note = results[name]
         exact = group.sample @ matrix.T
         error = rtn_error = relative(x @ quantized.dequantize().T, exact)
+        if not len(x):
+            error = rtn_error = relative(quantized.dequantize(), matrix)
         if algorithm != "rtn":
             nearest = round_to_nearest(matrix, group.scheme, name, group.scale_dtype)
             rtn_error = relative(x @ nearest.dequantize().T, exact)
@@ -111,6 +117,26 @@ def _round_unit(
             group.scheme, quantized, group.scale_dtype, *inputs, found.smoothing.migration.get(weight)
         )
         yield Rounded(weight, held, error, rtn_error, note)
+
+
+def narrowed(group: Group) -> Group:
+    """The group with the range of its static input narrowed to where its outputs lose least on the sample.
+
+    One scale serves all tokens: a range that holds the rarest value makes coarse steps for all others. Both ends are
+    narrowed alike, so that zero stays where it is.
+    """
+    exact = [group.sample @ matrix.T for matrix in group.weights.values()]
+    best, least = group, float("inf")
+    for ratio in _RATIOS:
+        tried = replace(group, low=group.low * ratio, high=group.high * ratio)
+        x = tried.quantized_sample()
+        error = sum(
+            float(torch.addmm(y, x, matrix.T, beta=-1).square_().sum())
+            for y, matrix in zip(exact, group.weights.values(), strict=True)
+        )
+        if error < least:
+            best, least = tried, error
+    return best
 
 
 def _algorithm(group: Group, algorithm: Algorithm) -> dict[str, tuple[QuantizedTensor, str | None]]:
