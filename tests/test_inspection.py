@@ -122,10 +122,32 @@ def test_planned_homes_and_sizes_are_those_of_the_job(
         assert "kept" in {linear.migration for linear in planned.linears}
 
 
+FORMATS = [
+    ("w8a16", "compressed-tensors"), ("w4a16-g32", "compressed-tensors"), ("w8a8-static", "compressed-tensors"),
+    ("fp8-static", "compressed-tensors"), ("fp8", "lmdeploy"), ("w4a16-g32", "awq"), ("w4a16-channel", "qlinear"),
+    ("w8a8-asym", "qlinear"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("scheme", "format"), FORMATS)
+def test_planned_sizes_are_those_of_every_layout(scheme: str, format: str, tmp_path: Path) -> None:
+    wide = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16}
+    source = save_model(tmp_path / "source", dtype=torch.bfloat16, num_key_value_heads=2, **wide)
+    planned = qlinear.inspect(source, scheme, format=format)
+    qlinear.quantize(source, tmp_path / "out", scheme, calibration=IDS, format=format)
+    made = qlinear.inspect(tmp_path / "out")
+    assert planned.total_size == made.total_size == sum(file_bytes(tmp_path / "out").values())
+    assert [linear.bytes_after for linear in planned.linears] == [
+        linear.bytes_after for linear in made.linears
+    ]
+
+
 def test_a_layout_without_a_place_for_vectors_is_refused_where_all_should_stay(tmp_path: Path) -> None:
     source = save_model(tmp_path / "source")
     with pytest.raises(SchemeError, match=r"'always' needs a format that holds it, qlinear or lmdeploy"):
         qlinear.inspect(source, migration_scale="always")
+    with pytest.raises(SchemeError, match="does not fit the lmdeploy layout"):
+        qlinear.inspect(source, "w8a16", format="lmdeploy")
     with pytest.raises(SchemeError, match="format must be one of"):
         qlinear.inspect(source, format="gguf")
 

@@ -17,9 +17,10 @@ import torch
 from .checkpoint import Checkpoint, StreamedModel, TensorInfo, skeleton
 from .checkpoint.dense import quantization_config
 from .checkpoint.header import DTYPE_NAMES
+from .checkpoint.layout import Layout, packed_bytes
 from .checkpoint.layouts import Keep, get_layout, kept
 from .inputs import open_checkpoint
-from .plan import is_parameter, make_plan, quantizable, quantized_bytes, replaced_bytes
+from .plan import is_parameter, make_plan, quantizable, replaced_bytes
 from .scheme import Scheme, get_scheme
 from .structure import sketch
 
@@ -73,13 +74,13 @@ def inspect(
     migration_scale, ignore: what to plan for, where nothing is quantized yet; as for `qlinear.quantize`.
     Raises QLinearError.
     """
-    get_layout(format)
+    layout = get_layout(format)
     found = _with_or_without_weights(model, revision, trust_remote_code)
     source = StreamedModel(found, torch.float32, trust_remote_code)
     if quantization_config(source.checkpoint) is not None:
         return _finished(source)
     wanted = get_scheme(scheme)
-    return _planned(source, wanted, ignore, kept(migration_scale, format, wanted))
+    return _planned(source, wanted, ignore, layout, kept(migration_scale, format, wanted))
 
 
 def _with_or_without_weights(model: str | Path, revision: str | None, trust_remote_code: bool) -> Checkpoint:
@@ -107,15 +108,19 @@ def imagined_checkpoint(config: Path, trust_remote_code: bool = False) -> Checkp
     return Checkpoint(config, json.loads(config.read_text()), tensors)
 
 
-def _planned(source: StreamedModel, scheme: Scheme, ignore: Sequence[str] | None, keep: Keep) -> Inspection:
-    plan = make_plan(source, scheme, ignore, transposed=True)
+def _planned(
+    source: StreamedModel, scheme: Scheme, ignore: Sequence[str] | None, layout: Layout, keep: Keep
+) -> Inspection:
+    chosen = make_plan(source, scheme, ignore, transposed=True).chosen
     homes = _homes(source)
     linears = tuple(
-        _planned_linear(source, scheme if name in plan.chosen else None, name, shape, homes.get(name), keep)
+        _planned_linear(source, scheme, name, shape, homes.get(name), layout, keep)
+        if name in chosen
+        else _float_linear(source, name, shape, homes.get(name))
         for name, shape in quantizable(source, transposed=True)
     )
-    vectors = sum(_vector_bytes(linear.shape) for linear in linears if linear.migration == "kept")
-    return Inspection(linears, source.checkpoint.nbytes, plan.nbytes + vectors)
+    grown = sum(linear.bytes_after - linear.bytes_before for linear in linears)
+    return Inspection(linears, source.checkpoint.nbytes, source.checkpoint.nbytes + grown)
 
 
 def _homes(source: StreamedModel) -> dict[str, _Home]:
@@ -133,22 +138,27 @@ def _homes(source: StreamedModel) -> dict[str, _Home]:
 
 def _planned_linear(
     source: StreamedModel,
-    scheme: Scheme | None,
+    scheme: Scheme,
     name: str,
     shape: tuple[int, ...],
     home: _Home | None,
+    layout: Layout,
     keep: Keep,
 ) -> LinearInfo:
-    before = after = _bytes_of(source, name)
+    before, migration = _bytes_of(source, name), _migration(shape, home, keep)
+    stored = source.stored_dtype(name if is_parameter(source, name) else f"{name}.weight")
+    packed = packed_bytes(layout, scheme, shape, stored, migration == "kept")
     group, producer = home or (None, None)
-    if scheme is None:
-        return LinearInfo(name, shape, None, (), before, after, group, "none", None)
-    migration = _migration(shape, home, keep)
-    after += quantized_bytes(scheme, shape) - replaced_bytes(source, name)
-    after += _vector_bytes(shape) if migration == "kept" else 0
-    folded_into = producer if migration == "folded" else None
-    scales = scheme.weight.scale_shape(shape)
-    return LinearInfo(name, shape, scheme.name, scales, before, after, group, migration, folded_into)
+    return LinearInfo(
+        name, shape, scheme.name, scheme.weight.scale_shape(shape), before,
+        before + packed - replaced_bytes(source, name),
+        group, migration, producer if migration == "folded" else None,
+    )  # fmt: skip
+
+
+def _float_linear(source: StreamedModel, name: str, shape: tuple[int, ...], home: _Home | None) -> LinearInfo:
+    nbytes = _bytes_of(source, name)
+    return LinearInfo(name, shape, None, (), nbytes, nbytes, home[0] if home else None, "none", None)
 
 
 def _migration(shape: tuple[int, ...], home: _Home | None, keep: Keep) -> Migration:
@@ -158,11 +168,6 @@ def _migration(shape: tuple[int, ...], home: _Home | None, keep: Keep) -> Migrat
     if home[1] is not None and keep != "always":
         return "folded"
     return "kept" if keep != "never" and len(shape) == 2 else "none"
-
-
-def _vector_bytes(shape: tuple[int, ...]) -> int:
-    """Of a linear's migration scale, float32 (in,)."""
-    return 4 * shape[-1]
 
 
 def _bytes_of(source: StreamedModel, name: str) -> int:

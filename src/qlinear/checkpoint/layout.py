@@ -7,6 +7,7 @@ the second. Each is a module of its own with the functions of `Layout`; `layouts
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Protocol
 
 import torch
@@ -57,6 +58,29 @@ class Layout(Protocol):
 
     def unpack(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedLinear:
         """The linear `name` from tensors by their full names. Raises CheckpointError if one is missing."""
+
+
+def packed_bytes(
+    layout: Layout, scheme: Scheme, shape: Sequence[int], stored: torch.dtype, keeps_vector: bool = False
+) -> int:
+    """What a weight (out, in), or all of a stack (experts, out, in), will take in a file; nothing is computed for it.
+
+    stored: the dtype of the float weight, which 4-bit scales have too. keeps_vector: with a migration scale. Raises
+    SchemeError where the layout cannot hold the scheme.
+    """
+    fmt, activation, meta = scheme.weight, scheme.activation, torch.device("meta")
+    matrix = tuple(shape[-2:])
+    scale, one = torch.empty(fmt.scale_shape(matrix), device=meta), torch.empty(1, device=meta)
+    codes = torch.empty(matrix, dtype=fmt.storage, device=meta)
+    held = QuantizedLinear(
+        scheme,
+        QuantizedTensor(codes, scale, None if fmt.symmetric else scale, fmt),
+        stored if fmt.bits == 4 else torch.float32,
+        input_scale=one if scheme.is_static else None,
+        input_zero_point=one if scheme.is_static and activation and not activation.symmetric else None,
+        migration_scale=torch.empty(matrix[-1], device=meta) if keeps_vector else None,
+    )
+    return prod(shape[:-2]) * sum(tensor.nbytes for tensor in layout.pack("", held).values())
 
 
 def as_scheme(weight: TensorFormat, activation: TensorFormat | None) -> Scheme:
