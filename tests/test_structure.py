@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlinear.blocks import Call
-from qlinear.structure import Fold, InputGroup, Trace, find_groups, prove, proved
+from qlinear.blocks import Call, shared_parameters
+from qlinear.structure import Fold, InputGroup, Trace, examine, find_groups, prove, proved
 from qlinear.structure.find import Finder
 
 WIDTH, HEADS, KV_HEADS = 32, 4, 2
@@ -220,6 +220,96 @@ def test_a_clamp_that_bites_only_at_large_values_is_refused() -> None:
     fold = next(fold for fold in folds if fold.producer.name == "attention.v")
     assert prove(free, call_of(free, 2, 8), [fold])
     assert not prove(block, call, [fold])
+
+
+class Squared(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.relu(self.up(self.norm2(x))).square())
+
+
+def test_a_squared_relu_takes_the_root() -> None:
+    _, _, folds = folds_of(perturbed(Squared()))
+    (reader,) = next(fold.readers for fold in folds if fold.producer.name == "up")
+    assert reader.degree == 2
+    assert torch.equal(reader.spread(torch.full((48,), 3.0)), torch.full((48,), 9.0))
+
+
+class Gated(Block):
+    """What the norm gives is weighed by a linear of its own, before others read it; a mixture's router is alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weigh = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm2(x)
+        return x + self.attention(h * self.weigh(h).sigmoid())
+
+
+def test_a_gate_that_reads_the_norm_hides_nothing() -> None:
+    trace, _, folds = folds_of(perturbed(Gated()))
+    readers = ("weigh", "attention.q", "attention.k", "attention.v")
+    assert (readers, "norm2") in described(find_groups(trace, folds))
+
+
+class Thirds(Block):
+    """One projection for three factors, as in a gated short convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.attention, self.gate, self.up
+        self.fused, self.conv = nn.Linear(WIDTH, 3 * 48), nn.Conv1d(48, 48, 3, groups=48, padding=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c = self.fused(self.norm2(x)).chunk(3, -1)
+        y = self.conv((a * b).mT)[..., : x.shape[1]].mT
+        return x + self.down(c * y)
+
+
+def test_a_part_of_a_fused_projection_is_found() -> None:
+    _, _, folds = folds_of(perturbed(Thirds()))
+    fold = next(fold for fold in folds if fold.producer.name == "fused")
+    assert fold.producer.rows == (96, 144, 1)
+
+
+class OnTheLeft(Block):
+    """A weight that multiplies from the left, and a stack of weights that is held as one matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = nn.Parameter(torch.randn(4 * 48, WIDTH) / 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm2(x)
+        first, second, *_ = (self.stack.view(4, 48, WIDTH)[i] for i in range(4))
+        return x + self.down(((first @ h.mT).mT * F.linear(h, second)).tanh())
+
+
+def test_weights_on_the_left_and_in_a_viewed_stack_are_seen() -> None:
+    block = perturbed(OnTheLeft())
+    trace, _, folds = folds_of(block)
+    groups = find_groups(trace, folds)
+    norm = next(group for group in groups if group.fold and group.fold.producer.name == "norm2")
+    assert [(w.name, w.index, w.slices) for w in norm.weights] == [("stack", 0, 4), ("stack", 1, 4)]
+    assert torch.equal(norm.weights[1].of(block), block.stack[48:96])
+
+
+def test_a_weight_that_another_block_holds_is_left_alone() -> None:
+    first, second = perturbed(Block()), perturbed(Block())
+    second.up = first.up
+    shared = shared_parameters([first, second])
+    assert shared[first] == {"up.weight", "up.bias"}
+    _, folds = examine(first, call_of(first, 16, 1), call_of(first, 2, 8), (), shared[first])
+    assert {fold.producer.name for fold in folds} == {"norm1", "attention.v"}
+
+
+def test_what_the_block_before_lacked_is_looked_for() -> None:
+    bare, block = perturbed(Block()), perturbed(Block())
+    bare.norm1 = nn.Identity()
+    _, likely = examine(bare, call_of(bare, 16, 1), call_of(bare, 2, 8))
+    assert {fold.producer.name for fold in likely} == {"norm2", "attention.v", "up"}
+    trace, folds = examine(block, call_of(block, 16, 1), call_of(block, 2, 8), likely)
+    assert described(find_groups(trace, folds)) == EVERYTHING
 
 
 def test_without_producers_weights_are_grouped_by_the_tensor_they_read() -> None:

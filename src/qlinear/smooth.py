@@ -113,12 +113,13 @@ class Smoothing:
         self.columns[weight] = self.migration[weight] = s
 
     def fold(self, block: nn.Module, fold: Fold, s: Tensor, stored: torch.dtype) -> None:
-        """Divide `s` (size,) out of the producer, and multiply it into what reads it.
+        """Divide `s` (size,), or its root where the producer is squared, out of the producer, and multiply it into what
+        reads it.
 
         A norm's gain changes here and now, rounded to the dtype that the file holds; the readers get the ratio of
         the old gain to the rounded one, so that they compensate exactly the producer that is stored.
         """
-        s = s.masked_fill(~fold.reached.to(s.device), 1.0)
+        s = s.masked_fill(~fold.reached.to(s.device), 1.0) ** (1 / fold.degree)
         producer = fold.producer
         if producer.weight is None:
             s = _into_gain(block, producer, s, stored)

@@ -64,6 +64,11 @@ class Fold:
     readers: tuple[Reader, ...]
 
     @property
+    def degree(self) -> int:
+        """To which power the producer reaches its readers."""
+        return self.readers[0].degree
+
+    @property
     def touched(self) -> set[str]:
         """The parameters that it changes, by name."""
         producer = self.producer
