@@ -163,3 +163,28 @@ def test_nothing_is_left_in_memory_of_a_block_that_was_passed(tmp_path: Path) ->
     found: Statistics = gather_statistics(source, IDS)
     assert all(parameter.is_meta for parameter in source.model.parameters())
     assert all(stats.sample.untyped_storage().nbytes() == 0 for stats in found.inputs.values())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "scheme", "suffix"),
+    [
+        ("llama", "w8a8", ".safetensors"),
+        ("llama", "w8a8", ".pth"),
+        ("gemma3_text", "w8a8-static", ".pth"),
+        ("mixtral", "w8a8", ".safetensors"),
+    ],
+)
+def test_a_job_makes_the_same_codes_of_a_file_as_of_the_text(
+    architecture: str, scheme: str, suffix: str, tmp_path: Path
+) -> None:
+    many = EXPERTS | {"num_local_experts": 16}
+    folder = save_model(tmp_path / "model", architecture, **(many if architecture == "mixtral" else {}))
+    ids = IDS[:1] if architecture == "mixtral" else IDS  # sixteen tokens do not reach sixteen experts
+    done = write_statistics(folder, tmp_path / f"s{suffix}", calibration=ids)
+    assert bool(done.idle) == (architecture == "mixtral")
+    qlinear.quantize(folder, tmp_path / "a", scheme, calibration=ids)
+    told = qlinear.quantize(folder, tmp_path / "b", scheme, stats=tmp_path / f"s{suffix}")
+    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert len(told.layers) > 0
+    assert all(0 < layer.error < 0.1 for layer in told.layers), "without a sample, of the weight"
