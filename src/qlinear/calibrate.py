@@ -13,6 +13,8 @@ from .structure import Trace, Weight, watching
 SAMPLE_TOKENS = 256
 # Columns of the second moments that are added to at once: only what stands on and right of the diagonal is computed.
 _PANEL = 512
+# Elements that stay in a core's cache while they are passed over several times.
+_CHUNK = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,21 +50,20 @@ class StatsCollector:
         """Take in x (tokens, in), any float dtype."""
         if x.shape[0] == 0:
             return
-        # Reductions only: a temporary as large as x costs more than the sums do.
-        low, high = x.amin(0).float(), x.amax(0).float()
-        total, magnitude = (
-            x.sum(0, dtype=torch.float32),
-            torch.linalg.vector_norm(x, 1, 0, dtype=torch.float32),
-        )
-        if self.tokens:
-            low, high = torch.minimum(low, self._low), torch.maximum(high, self._high)
-            total, magnitude = total + self._sum, magnitude + self._abs_sum
-        self._low, self._high, self._sum, self._abs_sum = low, high, total, magnitude
+        for rows in torch.split(x, max(1, _CHUNK // max(1, x.shape[1]))):
+            self._add(rows.float())
         self.tokens += x.shape[0]
         if self._second_moment:
             self._add_moment(x.float())
         step = max(1, x.shape[0] // self._sample_per_batch)
         self._samples.append(x[::step][: self._sample_per_batch].clone())
+
+    def _add(self, x: Tensor) -> None:
+        low, high, total, magnitude = x.amin(0), x.amax(0), x.sum(0), x.abs().sum(0)
+        if self._low.dim():
+            low, high = torch.minimum(low, self._low), torch.maximum(high, self._high)
+            total, magnitude = total + self._sum, magnitude + self._abs_sum
+        self._low, self._high, self._sum, self._abs_sum = low, high, total, magnitude
 
     def _add_moment(self, x: Tensor) -> None:
         """Add xᵀ x, on and above the diagonal's blocks."""

@@ -291,3 +291,17 @@ def test_the_fingerprint_follows_the_content_and_not_the_place(
     assert Checkpoint.open(elsewhere).fingerprint() != before
     (folder / "config.json").write_text('{"model_type": "qwen2"}')
     assert Checkpoint.open(folder).fingerprint() != before
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(), (0, 3), (7,), (700, 801)])
+def test_a_tensor_is_converted_while_it_is_read(
+    tmp_path: Path, stored: torch.dtype, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    tensor = torch.randn(shape).to(stored)
+    save_file({"other": torch.ones(3), "weight": tensor}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    out = torch.empty(shape, dtype=dtype)
+    assert Checkpoint.open(tmp_path).read_as("weight", out) is out
+    assert torch.equal(out, tensor.to(dtype))

@@ -150,12 +150,11 @@ class NameMap:
 
     def _read_into(self, source: str, out: Tensor) -> None:
         """One tensor of the file, but for its dtype and device, which are those of `out`."""
-        info = self.checkpoint.info(source)
-        cpu = torch.device("cpu")
-        if (info.dtype, cpu) == (out.dtype, out.device):
-            self.checkpoint.read(source, out)
+        if out.device.type == "cpu":
+            self.checkpoint.read_as(source, out)
             return
-        raw = self.checkpoint.read(source, self._pool.take(out.shape, info.dtype, cpu))
+        dtype = self.checkpoint.info(source).dtype
+        raw = self.checkpoint.read(source, self._pool.take(out.shape, dtype, torch.device("cpu")))
         out.copy_(raw)
         self._pool.give(raw)
 

@@ -60,6 +60,12 @@ class DenseView(Checkpoint):
         weight = self.linear(module).weight.dequantize()
         return weight if out is None else out.copy_(weight)
 
+    def read_as(self, name: str, out: Tensor) -> Tensor:
+        """A tensor as `Checkpoint.read_as` gives it; a quantized matrix dequantized."""
+        module, _, leaf = name.rpartition(".")
+        is_quantized = leaf == "weight" and module in self.schemes
+        return self.read(name, out) if is_quantized else self.stored.read_as(name, out)
+
 
 def quantization_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """What config.json says of quantization, the text model's of a multimodal config included."""

@@ -22,6 +22,8 @@ from ..errors import CheckpointError
 from .header import DTYPE_NAMES, TensorInfo, parse_json, read_header
 
 _CHUNK = 4 << 20
+# Bytes that are converted at once: they and their copies stay in a core's cache.
+_CONVERTED = 512 << 10
 # Of each tensor, what enters the fingerprint.
 _SAMPLE = 4 << 10
 # Never part of a result: weights in other forms, and what is written anew.
@@ -88,6 +90,24 @@ class Checkpoint:
             )
         with _opened(info.file) as file:
             _read_exactly(file, as_bytes(out), info.start, info.file)
+        return out
+
+    def read_as(self, name: str, out: Tensor) -> Tensor:
+        """Read a tensor into `out` (contiguous, on the CPU, its shape) and convert it to the dtype of `out`.
+
+        A few elements at a time: a whole copy in the file's dtype would cost fresh memory, and be written and read
+        through it, where a small one stays in the cache.
+        """
+        info = self.info(name)
+        if info.dtype == out.dtype:
+            return self.read(name, out)
+        if tuple(out.shape) != info.shape:
+            raise ValueError(f"out must be of shape {info.shape} to read {name}; got {tuple(out.shape)}")
+        flat, done = out.view(-1), 0
+        for part in self.chunks(name, _CONVERTED):
+            values = torch.frombuffer(part, dtype=info.dtype)
+            flat[done : done + len(values)].copy_(values)
+            done += len(values)
         return out
 
     def chunks(self, name: str, size: int = _CHUNK) -> Iterator[memoryview]:

@@ -132,7 +132,7 @@ def quantize(
     }  # fmt: skip
     existed = out.is_dir()
     if not goes_on:
-        require_finite(source, progress)
+        require_finite(source, progress, with_blocks=overwrite and out.is_dir())
         discard(out)
         clear(out)
     writer, journal = begin(out, settings | identity(source, tokens), max_shard_size)

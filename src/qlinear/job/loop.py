@@ -23,6 +23,7 @@ from ..errors import StructureError
 from ..structure import Fold, examine, find_groups
 from .journal import Journal
 from .recipe import Findings, Layer, Progress, Recipe, joined
+from .refusal import require_finite_block
 from .rounding import Rounded
 from .simulate import simulated
 from .smoothing import smooth_block
@@ -31,7 +32,7 @@ from .writing import BlockWriter
 # Tokens for experiments: many sequences of one token to find folds, a few real ones to prove them.
 _PROBE, _PROOF = 32, (2, 16)
 # Tokens that pass through a block at once: enough to fill a matrix product, few enough to stay small.
-_BATCH_TOKENS = 2048
+_BATCH_TOKENS = 1024
 
 
 class Job:
@@ -108,6 +109,7 @@ class Job:
         if block is not self.source.head:
             self.progress("quantizing", self.source.position(block), len(self.source.blocks))
         with self.source.loaded(block):
+            require_finite_block(self.source, block)
             yield
 
     def _batches(self, tokens: Tensor) -> list[dict[str, Any]]:

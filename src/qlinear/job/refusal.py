@@ -1,21 +1,24 @@
 """What can only be refused by reading or running the model, and that it leaves no trace.
 
-Headers do not tell whether a weight is a number. So all weights are looked through once, before anything is deleted
-or written: that costs one read of the file, which often comes from memory when it is read again, and saves a run that
-would end, hours later, in the middle.
+Headers do not tell whether a weight is a number. Those of a block are looked through when they are in memory anyway,
+all others, which are copied at the end of a run, before it begins. Where an old result would be deleted, all weights
+are read once more than needed, before that.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checkpoint import Checkpoint, StreamedModel, clear
 from ..errors import CheckpointError, NumericsError, StructureError
 from ..plan import Plan, is_parameter
-from .loop import Job
+
+if TYPE_CHECKING:
+    from .loop import Job
 
 _FLOAT = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -32,20 +35,36 @@ def require_floats(source: StreamedModel, plan: Plan) -> None:
             )
 
 
-def require_finite(source: StreamedModel, progress: Callable[[str, int, int], None]) -> None:
-    """Raise NumericsError, naming the tensor and counting, if a weight of the model holds NaN or infinity."""
-    parameters = dict(source.model.named_parameters())
+def require_finite(
+    source: StreamedModel, progress: Callable[[str, int, int], None], with_blocks: bool
+) -> None:
+    """Raise NumericsError if a weight of the model, or one outside of its blocks, holds NaN or infinity."""
+    inside = () if with_blocks else tuple(f"{name}." for name in source.blocks)
+    parameters = [name for name, _ in source.model.named_parameters() if not name.startswith(inside)]
     names = list(dict.fromkeys(s for name in parameters for s in source.names.sources(name)))
     for i, name in enumerate(names):
         progress("checking weights", i, len(names))
-        bad = sum(_count_bad(part) for part in _parts(source.checkpoint, name))
-        if bad:
-            info = source.checkpoint.info(name)
-            raise NumericsError(
-                f"{name} holds {bad} NaN or infinite of {torch.Size(info.shape).numel()} elements, in {info.file}: "
-                "download it again, or mend the model"
-            )
+        _require_finite(source.checkpoint, name)
     progress("checking weights", len(names), len(names))
+
+
+def require_finite_block(source: StreamedModel, block: nn.Module) -> None:
+    """Raise NumericsError if a weight of a block that is in memory holds NaN or infinity."""
+    for name, parameter in block.named_parameters(source.name_of(block)):
+        if _count_bad(parameter.detach()):
+            for tensor in source.names.sources(name):
+                _require_finite(source.checkpoint, tensor)
+
+
+def _require_finite(checkpoint: Checkpoint, name: str) -> None:
+    """Raise NumericsError, naming the tensor and counting, if the file holds NaN or infinity in it."""
+    bad = sum(_count_bad(part) for part in _parts(checkpoint, name))
+    if bad:
+        info = checkpoint.info(name)
+        raise NumericsError(
+            f"{name} holds {bad} NaN or infinite of {torch.Size(info.shape).numel()} elements, in {info.file}: "
+            "download it again, or mend the model"
+        )
 
 
 def _parts(checkpoint: Checkpoint, name: str) -> Iterator[Tensor]:
@@ -62,7 +81,7 @@ def _count_bad(x: Tensor) -> int:
 
 
 @contextmanager
-def leaving_no_trace(job: Job, existed: bool) -> Iterator[None]:
+def leaving_no_trace(job: "Job", existed: bool) -> Iterator[None]:
     """Inside, a model that turns out to be unfit takes back what was written of it, and a folder made for it.
 
     A disk that is full or fails is another matter: what was finished until then stays, to be taken up again.
