@@ -19,6 +19,10 @@ from .recipe import Algorithm, Findings, Recipe
 _RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 
 
+# Tokens that a linear's error is measured on. It is a norm over all of its outputs: more would cost, and tell no more.
+_MEASURED = 64
+
+
 @dataclass(frozen=True, slots=True)
 class Rounded:
     """A weight's codes, and the relative error of its output on the sample: with them, and rounded to nearest."""
@@ -103,10 +107,12 @@ def _round_unit(
     if activation is not None and not activation.dynamic:
         group = narrowed(group)
         inputs = input_qparams(group.low, group.high, activation)
-    x, results = group.quantized_sample(), _algorithm(group, algorithm)
+    results = _algorithm(group, algorithm)
+    measured = replace(group, sample=_spread(group.sample))
+    x = measured.quantized_sample()
     for weight, (name, matrix) in zip(members, group.weights.items(), strict=True):
         quantized, note = results[name]
-        exact = group.sample @ matrix.T
+        exact = measured.sample @ matrix.T
         error = rtn_error = relative(x @ quantized.dequantize().T, exact)
         if not len(x):
             error = rtn_error = relative(quantized.dequantize(), matrix)
@@ -137,6 +143,11 @@ def narrowed(group: Group) -> Group:
         if error < least:
             best, least = tried, error
     return best
+
+
+def _spread(sample: Tensor) -> Tensor:
+    """Of the sample's tokens as many as an error is measured on, spread evenly."""
+    return sample[:: max(1, len(sample) // _MEASURED)]
 
 
 def _algorithm(group: Group, algorithm: Algorithm) -> dict[str, tuple[QuantizedTensor, str | None]]:
