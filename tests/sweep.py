@@ -58,8 +58,8 @@ class Swept:
 def sweep(name: str) -> Swept:
     """Build the class, smooth it, and compare."""
     model = small_model(CLASSES[name])
-    _plant(model)
     inputs = _inputs(model, TOKENS)
+    _plant(model, inputs)
     expected, called, multiplied = _run(model, inputs)
     swept = Swept(plain=_w8a8(model, inputs, expected, called, {}))
     kept = _smooth(model, swept, multiplied)
@@ -68,14 +68,36 @@ def sweep(name: str) -> Swept:
     return swept
 
 
-def _plant(model: PreTrainedModel) -> None:
+def _plant(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
+    """Make some channels of the norms large, where the model can bear it: rounding alone must not move its logits."""
+    gains = [
+        p for block in find_blocks(model).values() for n, p in block.named_parameters() if _is_gain(n, p)
+    ]
+    saved = [gain.detach().clone() for gain in gains]
     with torch.no_grad():
-        for block in find_blocks(model).values():
-            for name, parameter in block.named_parameters():
-                # Not of those that make attention sharp: there, rounding alone would move it.
-                is_gain = name.endswith("weight") and parameter.dim() == 1 and len(parameter) > max(CHANNELS)
-                if is_gain and not _OF_ATTENTION.search(name):
-                    parameter[list(CHANNELS)] *= LARGER
+        for gain in dict.fromkeys(gains):
+            gain[list(CHANNELS)] *= LARGER
+        if _sensitivity(model, inputs) > 1e-5:
+            for gain, before in zip(gains, saved, strict=True):
+                gain.copy_(before)
+
+
+def _is_gain(name: str, parameter: Tensor) -> bool:
+    large_enough = parameter.dim() == 1 and len(parameter) > max(CHANNELS)
+    return large_enough and name.endswith("weight") and not _OF_ATTENTION.search(name)
+
+
+def _sensitivity(model: PreTrainedModel, inputs: Mapping[str, Any]) -> float:
+    """How far the logits move, relatively, when every weight moves by a rounding error."""
+    before = _logits(model, inputs)
+    saved = {parameter: parameter.detach().clone() for parameter in model.parameters()}
+    generator = torch.Generator().manual_seed(0)
+    for parameter in saved:
+        parameter.mul_(1 + torch.finfo(torch.float32).eps * torch.randn(parameter.shape, generator=generator))
+    moved = _difference(_logits(model, inputs), before)
+    for parameter, value in saved.items():
+        parameter.copy_(value)
+    return moved
 
 
 def _inputs(model: PreTrainedModel, tokens: Tensor) -> dict[str, Any]:

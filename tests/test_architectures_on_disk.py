@@ -1,0 +1,65 @@
+"""What the job writes for an architecture loads back bit for bit through each layout, and where people serve.
+
+One of each kind: writing and loading all classes takes too long here.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from qlinear import load, quantize
+from qlinear.nn import QLinear
+
+from .architectures import small_model
+from .sweep import CLASSES, TOKENS
+
+DENSE = ["Llama", "Qwen3", "Gemma3Text", "Phi3", "Cohere", "Olmo2", "OPT", "GPTNeoX", "StableLm", "Mamba2"]
+MIXTURES = ["Qwen3Moe", "DeepseekV3"]
+
+
+def written(name: str, folder: Path, layout: str) -> Path:
+    """The class, smoothed as far as folds go and quantized, in that layout; where to."""
+    model, out = folder / "model", folder / layout
+    if not model.exists():
+        small_model(CLASSES[name]).save_pretrained(model)
+    quantize(model, out, "w8a8", format=layout, migration_scale="never", calibration=TOKENS)
+    return out
+
+
+def logits(model: torch.nn.Module) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(TOKENS, use_cache=False).logits
+    return result
+
+
+@pytest.mark.filterwarnings("default")  # what other people's models warn of is theirs
+@pytest.mark.parametrize("name", DENSE + MIXTURES)
+def test_every_layout_gives_back_the_same_codes(name: str, tmp_path: Path) -> None:
+    loaded = {
+        layout: load(written(name, tmp_path, layout))
+        for layout in ("qlinear", "compressed-tensors", "lmdeploy")
+    }
+    first, *others = (
+        {n: m for n, m in model.named_modules() if isinstance(m, QLinear)} for model in loaded.values()
+    )
+    assert first
+    for layers in others:
+        assert layers.keys() == first.keys()
+        for key, layer in layers.items():
+            assert torch.equal(layer.weight, first[key].weight)
+            assert torch.equal(layer.weight_scale, first[key].weight_scale)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", DENSE)
+def test_plain_transformers_loads_what_dense_models_become(name: str, tmp_path: Path) -> None:
+    out = written(name, tmp_path, "compressed-tensors")
+    exact = logits(small_model(CLASSES[name]))
+    ours = logits(load(out, dtype="float32")) - exact
+    theirs = logits(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)) - exact
+    assert float(theirs.norm()) < 1.25 * float(ours.norm()), (
+        "the codes are the same, only activations round otherwise"
+    )
