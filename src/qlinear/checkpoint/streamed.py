@@ -1,6 +1,6 @@
 """A checkpoint, quantized or not, as a model whose blocks are in memory only while they are used."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,16 +71,43 @@ class StreamedModel:
 
     @contextmanager
     def lanes(self, batches: Sequence[Mapping[str, Any]]) -> Iterator[Lanes]:
-        """The batches as lanes through the model, embeddings loaded, standing before the first block."""
+        """The batches as lanes through the model, standing before the first block.
+
+        What lies outside of the blocks stays in memory, but for the tables of embeddings: every lane has read them by
+        then, and they can be as large as several blocks.
+        """
         outside = self._outside()
         for part in outside:
             self.names.materialize(part)
         try:
-            with Lanes(self.model, [*self.blocks.values(), self.head], batches) as lanes:
+            with (
+                Lanes(self.model, [*self.blocks.values(), self.head], batches) as lanes,
+                self._tables_left_out(),
+            ):
                 yield lanes
         finally:
             for part in outside:
                 self.names.release(part)
+
+    @contextmanager
+    def _tables_left_out(self) -> Iterator[None]:
+        """While open, tables of embeddings are not in memory; one that is called again is read again."""
+
+        def read_again(name: str) -> Callable[..., None]:
+            return lambda *_: self.names.materialize(name)
+
+        inside = tuple(f"{name}." for name in self.blocks)
+        tables = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.Embedding)}
+        hooks = []
+        for name, table in tables.items():
+            if not name.startswith(inside):
+                self.names.release(name, reuse=False)
+                hooks.append(table.register_forward_pre_hook(read_again(name)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @contextmanager
     def loaded(self, block: nn.Module) -> Iterator[nn.Module]:

@@ -10,7 +10,7 @@ from ..algorithms import clip, factorize, gptq, round_to_nearest
 from ..algorithms.group import Group
 from ..calibrate import InputStats
 from ..checkpoint.layout import QuantizedLinear
-from ..numerics import QuantizedTensor, qparams_from_range
+from ..numerics import QuantizedTensor, dequantize, qparams_from_range
 from ..scheme import Scheme, TensorFormat
 from ..structure import Weight
 from .recipe import Algorithm, Findings, Recipe
@@ -21,6 +21,8 @@ _RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 
 # Tokens that a linear's error is measured on. It is a norm over all of its outputs: more would cost, and tell no more.
 _MEASURED = 64
+# Elements of a float32 working copy that stay in a core's cache.
+_CHUNK = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,7 @@ def _without_data(found: Findings, weight: Weight, scheme: Scheme) -> Rounded:
     dtype = scale_dtype(scheme, found.stored_dtype(weight.name))
     quantized = round_to_nearest(matrix, scheme, found.full_name(weight), dtype)
     held = QuantizedLinear(scheme, quantized, dtype, migration_scale=found.smoothing.migration.get(weight))
-    error = relative(quantized.dequantize(), matrix)
+    error = relative_error(quantized, matrix)
     return Rounded(weight, held, error, error)
 
 
@@ -115,7 +117,7 @@ def _round_unit(
         exact = measured.sample @ matrix.T
         error = rtn_error = relative(x @ quantized.dequantize().T, exact)
         if not len(x):
-            error = rtn_error = relative(quantized.dequantize(), matrix)
+            error = rtn_error = relative_error(quantized, matrix)
         if algorithm != "rtn":
             nearest = round_to_nearest(matrix, group.scheme, name, group.scale_dtype)
             rtn_error = relative(x @ nearest.dequantize().T, exact)
@@ -179,6 +181,20 @@ def _gptq(group: Group, moment: Tensor) -> dict[str, tuple[QuantizedTensor, str 
 def input_qparams(low: Tensor, high: Tensor, activation: TensorFormat) -> tuple[Tensor, Tensor | None]:
     """The one static scale (1,) and zero point (1,) of an input, from each channel's extremes (in,)."""
     return qparams_from_range(low.amin().reshape(1), high.amax().reshape(1), activation)
+
+
+def relative_error(weight: QuantizedTensor, exact: Tensor) -> float:
+    """`relative` of what the codes of a matrix (out, in) stand for, a few rows at a time where rows have own scales."""
+    if weight.format.granularity not in ("channel", "group"):
+        return relative(weight.dequantize(), exact)
+    rows, off, norm = max(1, _CHUNK // max(1, exact.shape[-1])), 0.0, 0.0
+    for start in range(0, len(exact), rows):
+        part = slice(start, start + rows)
+        zeros = None if weight.zero_point is None else weight.zero_point[part]
+        is_off = dequantize(weight.codes[part], weight.scale[part], zeros, weight.format).sub_(exact[part])
+        off += float(is_off.norm()) ** 2
+        norm += float(exact[part].norm()) ** 2
+    return (off / norm) ** 0.5 if norm else 0.0
 
 
 def relative(actual: Tensor, exact: Tensor) -> float:

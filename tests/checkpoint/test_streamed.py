@@ -1,0 +1,27 @@
+"""A model of which only what is used is in memory."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlinear.blocks import batches_of
+from qlinear.checkpoint import Checkpoint, StreamedModel
+
+from ..models import save_model
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tables_of_embeddings_leave_memory_and_are_read_again_where_they_are_called(
+    tmp_path: Path, tied: bool
+) -> None:
+    source = StreamedModel(Checkpoint.open(save_model(tmp_path, "llama", tie_word_embeddings=tied)))
+    ids = torch.arange(3, 17).reshape(2, 7)
+    table = source.model.get_input_embeddings()
+    with torch.no_grad(), source.lanes(batches_of(ids, 1)) as lanes:
+        assert table.weight.is_meta
+        hidden = torch.cat([lane.waiting.args[0] for lane in lanes])
+        assert torch.equal(table(ids), hidden)
+    assert table.weight.is_meta
+    stored = source.checkpoint.read("model.embed_tokens.weight")
+    assert torch.equal(hidden, stored[ids].to(hidden.dtype))

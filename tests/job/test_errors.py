@@ -1,0 +1,21 @@
+"""The error that is told of a linear that no data was seen of."""
+
+import pytest
+import torch
+
+from qlinear.job.rounding import relative, relative_error
+from qlinear.numerics import quantize_tensor
+from qlinear.scheme import get_scheme
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16", "w8a8-static"])
+@pytest.mark.parametrize("shape", [(3, 128), (700, 1024)])
+def test_the_error_of_codes_is_that_of_what_they_stand_for(scheme: str, shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    weight = quantize_tensor(matrix, get_scheme(scheme).weight)
+    assert relative_error(weight, matrix) == pytest.approx(relative(weight.dequantize(), matrix), rel=1e-4)
+
+
+def test_the_error_of_nothing_is_none() -> None:
+    matrix = torch.zeros(4, 128)
+    assert relative_error(quantize_tensor(matrix, get_scheme("w8a8").weight), matrix) == 0
