@@ -94,6 +94,13 @@ def test_unpack_after_pack_is_the_identity(layout: str, scheme: str) -> None:
         assert same_linear(back, linear)
 
 
+def test_four_bit_codes_that_lie_one_to_a_byte_are_read_too() -> None:
+    """As llmcompressor writes W4A8: in groups, and int-quantized."""
+    linear = linear_of(EVERY["w4a8"])
+    tensors = {"x.weight": linear.weight.codes, "x.weight_scale": linear.weight.scale.to(linear.scale_dtype)}
+    assert same_linear(compressed_tensors.unpack("x", tensors, EVERY["w4a8"]), linear)
+
+
 @pytest.mark.parametrize(("layout", "scheme"), CASES)
 def test_a_scheme_is_read_from_the_config_it_was_written_to(layout: str, scheme: str) -> None:
     linears = {name: nn.Linear(2, 2) for name in ("model.a", "model.b", "lm_head")}

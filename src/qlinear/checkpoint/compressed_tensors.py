@@ -96,7 +96,8 @@ def unpack(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantize
     """See `Layout`; the table at the top."""
     scale = require(name, "weight_scale", tensors)
     zero = None if scheme.weight.symmetric else require(name, "weight_zero_point", tensors)
-    if _format(scheme) == "pack-quantized":
+    # Others leave 4-bit codes that meet int8 inputs unpacked, one to a byte.
+    if _format(scheme) == "pack-quantized" and f"{name}.weight" not in tensors:
         rows, columns = require(name, "weight_shape", tensors).tolist()
         codes = unpack_words(require(name, "weight_packed", tensors), scheme.weight.bits, columns)
         zero = None if zero is None else unpack_words(zero.mT, scheme.weight.bits, rows).mT
