@@ -1,5 +1,6 @@
 """The orchestrator: what `qlinear quantize` and `qlinear.quantize` do, from validation to the model card.
 
+arguments  what callers may ask for
 recipe     what is done to each linear, what is found of a block, what became of it
 refusal    what is refused once weights are read, and that it leaves no trace
 loop       one visible loop over the blocks:
@@ -18,23 +19,22 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from ..checkpoint import Checkpoint, StreamedModel, clear, require_empty, require_space
-from ..checkpoint.layout import Layout
-from ..checkpoint.layouts import get_layout
-from ..checkpoint.statistics import Statistics, load_statistics
+from ..checkpoint import Checkpoint, clear, require_empty, require_space
+from ..checkpoint.layouts import Keep, get_layout, kept
 from ..data import Source
-from ..errors import OutputError, SchemeError
+from ..errors import OutputError
 from ..inputs import calibration_ids, open_model
-from ..plan import Plan, file_names, make_plan
+from ..plan import make_plan
 from ..scheme import Scheme, get_scheme
+from .arguments import quantization_config, require_algorithm, require_count, require_statistics, smoothing_of
 from .finish import finish
 from .journal import begin, can_be_taken_up, discard, identity, is_unfinished
 from .loop import Job
-from .recipe import Algorithm, Keep, Layer, Progress, Recipe
+from .recipe import Algorithm, Layer, Progress, Recipe
 from .refusal import leaving_no_trace, require_finite, require_floats
 
 __all__ = ["Layer", "Result", "quantize"]
@@ -99,7 +99,7 @@ def quantize(
     if max_shard_size < 1:
         raise OutputError(f"max_shard_size must be at least 1 byte; got {max_shard_size}")
     layout = get_layout(format)
-    keep = _kept(migration_scale, format, wanted)
+    keep = kept(migration_scale, format, wanted)
     source = open_model(model, dtype, trust_remote_code, revision)
     source.checkpoint.require_unquantized()
     goes_on = resume and not overwrite and can_be_taken_up(out)
@@ -108,13 +108,13 @@ def quantize(
     others = {pattern: get_scheme(each) for pattern, each in (scheme_for or {}).items()}
     plan = make_plan(source, wanted, ignore, format in ("qlinear", "lmdeploy"), others)
     recipe = Recipe(
-        plan.schemes, layout, _algorithm(algorithm), _smoothing(smooth, algorithm, wanted),
-        algorithm != "rtn" if propagate is None else propagate, _count(keep_worst, wanted), keep,
+        plan.schemes, layout, require_algorithm(algorithm), smoothing_of(smooth, algorithm, wanted),
+        algorithm != "rtn" if propagate is None else propagate, require_count(keep_worst, wanted), keep,
     )  # fmt: skip
     require_floats(source, plan)
-    config = _config(source, layout, plan, ())
+    config = quantization_config(source, layout, plan, ())
     require_space(out, plan.nbytes)
-    statistics = None if stats is None else _statistics(stats, source, recipe)
+    statistics = None if stats is None else require_statistics(stats, source, recipe)
     tokens = None
     if recipe.needs_data:
         # With statistics at hand, tokens only serve to find and prove folds.
@@ -140,7 +140,7 @@ def quantize(
     with leaving_no_trace(job, existed):
         job.run()
     if job.kept:
-        config = _config(source, layout, plan, job.kept)
+        config = quantization_config(source, layout, plan, job.kept)
     record = {"settings": settings, "layers": [asdict(layer) for layer in job.layers]}
     untied = source.head_name in plan.chosen and source.model.config.tie_word_embeddings
     finish(out, source, config, untied, record)
@@ -149,78 +149,6 @@ def quantize(
         str(out), time.monotonic() - began, peak_rss(), Checkpoint.open(out).nbytes, source.checkpoint.nbytes,
         tuple(job.layers), (*plan.notes, *job.warnings),
     )  # fmt: skip
-
-
-def _statistics(stats: str | Path, source: StreamedModel, recipe: Recipe) -> Statistics:
-    """Statistics from a file. Raises SchemeError for what needs the inputs themselves."""
-    if recipe.algorithm != "rtn" or isinstance(recipe.smooth, str) or recipe.propagate:
-        raise SchemeError(
-            f"algorithm {recipe.algorithm!r} with smooth {recipe.smooth!r} looks at inputs, of which {stats} holds "
-            "only statistics: give --calibration instead"
-        )
-    return load_statistics(stats, source.checkpoint.fingerprint())
-
-
-def _config(source: StreamedModel, layout: Layout, plan: Plan, kept: Sequence[str]) -> dict[str, Any] | None:
-    """config.json's part on quantization, for the linears that are not `kept` in float after all."""
-    if not plan.schemes:
-        return None
-    left = dict.fromkeys(name for each in kept for name in (each, source.names.source_module(each)))
-    used = {scheme for name, scheme in plan.schemes.items() if name not in left}
-    if len(used) == 1:
-        return layout.quantization_config(used.pop(), (*plan.ignored, *left))
-    named = {
-        file_name: scheme
-        for name, scheme in plan.schemes.items()
-        if name not in left
-        for file_name in file_names(source, name)
-    }
-    return layout.quantization_config(named, (*plan.ignored, *left))
-
-
-def _kept(migration_scale: Keep, format: str, scheme: Scheme | None) -> Keep:
-    """Which vectors stay with their layers, where the layout has a place for them."""
-    if migration_scale not in ("unfolded", "always", "never"):
-        raise SchemeError(f"migration_scale must be unfolded, always or never; got {migration_scale!r}")
-    has_place = format in ("qlinear", "lmdeploy") and scheme is not None
-    if migration_scale == "always" and not has_place:
-        raise SchemeError(
-            f"migration_scale 'always' needs a format that holds it, qlinear or lmdeploy; got {format!r}"
-        )
-    return migration_scale if has_place else "never"
-
-
-def _algorithm(algorithm: Algorithm) -> Algorithm:
-    if algorithm not in ("rtn", "gptq", "awq"):
-        raise SchemeError(f"algorithm must be rtn, gptq or awq; got {algorithm!r}")
-    return algorithm
-
-
-def _smoothing(
-    smooth: float | str | None, algorithm: Algorithm, scheme: Scheme | None
-) -> float | Literal["auto", "awq"] | None:
-    if smooth is None:
-        return "awq" if algorithm == "awq" else 0.5
-    if smooth == "off":
-        return None
-    if smooth == "auto":
-        if scheme is None:
-            raise SchemeError(
-                "smooth 'auto' looks for the least error of a scheme, and scheme 'none' has none: give a number"
-            )
-        return "auto"
-    if isinstance(smooth, str) or not 0 <= smooth <= 1:
-        raise SchemeError(f"smooth must be a number in [0, 1], 'auto' or 'off'; got {smooth!r}")
-    return float(smooth)
-
-
-def _count(keep_worst: int, scheme: Scheme | None) -> int:
-    if keep_worst < 0 or (keep_worst and scheme is None):
-        raise SchemeError(
-            f"keep_worst must be 0 or more, and 0 where nothing is quantized; got {keep_worst} with scheme "
-            f"{'none' if scheme is None else scheme.name!r}"
-        )
-    return keep_worst
 
 
 def peak_rss() -> int:

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from ..algorithms.search import Search
 from ..calibrate import InputStats
 from ..checkpoint.layout import Layout
+from ..checkpoint.layouts import Keep
 from ..scheme import Scheme
 from ..smooth import Smoothing
 from ..structure import InputGroup, Weight
 
 Progress = Callable[[str, int, int], None]
 Migration = Literal["folded", "kept", "none"]
-Keep = Literal["unfolded", "always", "never"]
 Algorithm = Literal["rtn", "gptq", "awq"]
 
 

@@ -1,0 +1,78 @@
+"""What callers may ask for, and what it means: checked before anything is read."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from ..checkpoint import StreamedModel
+from ..checkpoint.layout import Layout
+from ..checkpoint.statistics import Statistics, load_statistics
+from ..errors import SchemeError
+from ..plan import Plan, file_names
+from ..scheme import Scheme
+from .recipe import Algorithm, Recipe
+
+
+def require_statistics(stats: str | Path, source: StreamedModel, recipe: Recipe) -> Statistics:
+    """Statistics from a file. Raises SchemeError for what needs the inputs themselves."""
+    if recipe.algorithm != "rtn" or isinstance(recipe.smooth, str) or recipe.propagate:
+        raise SchemeError(
+            f"algorithm {recipe.algorithm!r} with smooth {recipe.smooth!r} looks at inputs, of which {stats} holds "
+            "only statistics: give --calibration instead"
+        )
+    return load_statistics(stats, source.checkpoint.fingerprint())
+
+
+def quantization_config(
+    source: StreamedModel, layout: Layout, plan: Plan, kept: Sequence[str]
+) -> dict[str, Any] | None:
+    """config.json's part on quantization, for the linears that are not `kept` in float after all."""
+    left = dict.fromkeys(name for each in kept for name in (each, source.names.source_module(each)))
+    used = {scheme for name, scheme in plan.schemes.items() if name not in left}
+    if not used:
+        return None
+    if len(used) == 1:
+        return layout.quantization_config(used.pop(), (*plan.ignored, *left))
+    named = {
+        file_name: scheme
+        for name, scheme in plan.schemes.items()
+        if name not in left
+        for file_name in file_names(source, name)
+    }
+    return layout.quantization_config(named, (*plan.ignored, *left))
+
+
+def require_algorithm(algorithm: Algorithm) -> Algorithm:
+    """The algorithm, if it is one. Raises SchemeError."""
+    if algorithm not in ("rtn", "gptq", "awq"):
+        raise SchemeError(f"algorithm must be rtn, gptq or awq; got {algorithm!r}")
+    return algorithm
+
+
+def smoothing_of(
+    smooth: float | str | None, algorithm: Algorithm, scheme: Scheme | None
+) -> float | Literal["auto", "awq"] | None:
+    """How a recipe smooths, from what was asked for. Raises SchemeError for what is neither."""
+    if smooth is None:
+        return "awq" if algorithm == "awq" else 0.5
+    if smooth == "off":
+        return None
+    if smooth == "auto":
+        if scheme is None:
+            raise SchemeError(
+                "smooth 'auto' looks for the least error of a scheme, and scheme 'none' has none: give a number"
+            )
+        return "auto"
+    if isinstance(smooth, str) or not 0 <= smooth <= 1:
+        raise SchemeError(f"smooth must be a number in [0, 1], 'auto' or 'off'; got {smooth!r}")
+    return float(smooth)
+
+
+def require_count(keep_worst: int, scheme: Scheme | None) -> int:
+    """How many linears to leave in float, if there can be any. Raises SchemeError."""
+    if keep_worst < 0 or (keep_worst and scheme is None):
+        raise SchemeError(
+            f"keep_worst must be 0 or more, and 0 where nothing is quantized; got {keep_worst} with scheme "
+            f"{'none' if scheme is None else scheme.name!r}"
+        )
+    return keep_worst
