@@ -191,3 +191,19 @@ def test_statistics_of_an_earlier_calibration_give_the_same_codes(source: Path, 
     assert a == b
     with pytest.raises(QLinearError, match="only statistics"):
         qlinear.quantize(source, tmp_path / "no", stats=tmp_path / "stats.safetensors", smooth="auto")
+
+
+@pytest.mark.parametrize(("experts", "tokens"), [(8, 4), (64, 96), (200, 96)])
+def test_experts_that_no_token_reaches_are_not_left_behind(tmp_path: Path, experts: int, tokens: int) -> None:
+    """A norm that some expert reads unseen is not folded: that expert would compute something else."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 16, "num_hidden_layers": 1}
+    options = {"num_local_experts": experts, "num_experts_per_tok": 1, **sizes}
+    source = save_model(tmp_path / "source", "mixtral", **options)
+    ids = IDS.flatten()[:tokens].view(2, -1)
+    qlinear.quantize(source, tmp_path / "out", scheme="none", calibration=ids)
+    theirs, ours = (
+        AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32).eval()
+        for f in (source, tmp_path / "out")
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(ours(HELD_OUT).logits, theirs(HELD_OUT).logits, rtol=1e-4, atol=1e-4)

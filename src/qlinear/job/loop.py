@@ -30,7 +30,7 @@ from .smoothing import smooth_block
 from .writing import BlockWriter
 
 # Tokens for experiments: many sequences of one token to find folds, a few real ones to prove them.
-_PROBE, _PROOF = 32, (2, 16)
+_PROBE, _PROOF = 64, (2, 16)
 # Tokens that pass through a block at once: enough to fill a matrix product, few enough to stay small.
 _BATCH_TOKENS = 1024
 

@@ -9,6 +9,7 @@ norms that multiply by 1 + gain. Three ways for a wrong fold to look right are c
 - a clamp that does not bite on these tokens: the producer is also tried 2^4 and 2^8 times larger.
 """
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -24,6 +25,8 @@ from .observe import Weight
 
 TOLERANCE = 1e-5
 _MAGNITUDES = (1.0, 16.0, 256.0)
+# The last place in a list that a name has.
+_PLACE = re.compile(r"[.]\d+[.](?!.*[.]\d+[.])")
 
 
 def examine(
@@ -49,7 +52,7 @@ def examine(
         for call in (proof, probe):
             if _lacking(trace, folds):
                 folds = _completed(block, Finder(block, call), proof, trace, folds, shared)
-        return trace, folds
+        return trace, [fold for fold in folds if _is_whole(fold, block)]
 
 
 def _completed(
@@ -68,6 +71,30 @@ def _completed(
         if new and prove(block, proof, [*found, *new], trace):
             found += new
     return found
+
+
+def _is_whole(fold: Fold, block: nn.Module) -> bool:
+    """Whether no expert is left out that is built like a reader: one that no token reached would read what changed.
+
+    Experts are slices of a stack, or elements of one list. What an expert's own weights make, others do not read.
+    """
+    named = {weight.name for weight in (reader.weight for reader in fold.readers)}
+    for name in named:
+        index = {reader.weight.index for reader in fold.readers if reader.weight.name == name} - {None}
+        is_own = fold.producer.weight is not None and fold.producer.weight.index is not None
+        if index and not is_own and len(index) < len(block.get_parameter(name)):
+            return False
+    pattern_of = {_without_number(name, fold.producer.name): name for name in named}
+    others = (name for name, p in block.named_parameters() if p.dim() == 2 and name not in named)
+    return not any(_without_number(name, fold.producer.name) in pattern_of for name in others)
+
+
+def _without_number(name: str, producer: str) -> str:
+    """A parameter's name with the place in a list left open, unless the producer stands at that place too."""
+    found = _PLACE.search(name)
+    if found is None or f"{producer}.".startswith(name[: found.end()]):
+        return name
+    return name[: found.start()] + "[]" + name[found.end() :]
 
 
 def _lacking(trace: Trace, folds: Sequence[Fold]) -> set[Weight]:

@@ -17,7 +17,7 @@ from ..blocks import Lanes, batches_of
 from .folds import InputGroup, find_groups
 from .proof import examine
 
-_TOKENS = 32
+_TOKENS = 64
 
 
 def sketch(model: nn.Module, blocks: Mapping[str, nn.Module], head: nn.Module) -> dict[str, list[InputGroup]]:
