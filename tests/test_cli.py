@@ -486,3 +486,16 @@ def test_other_libraries_say_nothing(model: Path, tmp_path: Path) -> None:
     ran = process("-m", "qlinear", "quantize", str(model), str(tmp_path / "out"), *QUICK, "--json")
     assert (ran.returncode, ran.stderr) == (0, "")
     assert json.loads(ran.stdout)["warnings"] == []
+
+
+def test_a_finished_folder_is_verified(run: Run, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run("quantize", model, out, *QUICK).code == 0
+    ran = run("inspect", "--verify", out, "--json")
+    assert ran.code == 0
+    assert json.loads(ran.out)["tensors"] > 0
+    weights = next(out.glob("model*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    is_refused(run("inspect", "--verify", out, "--quiet"), "has changed")

@@ -5,6 +5,8 @@ No code is touched, and one linear is in memory at a time.
 
 import json
 import shutil
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from .checkpoint import Checkpoint, ShardWriter, clear, require_empty, require_s
 from .checkpoint.dense import DenseView, quantization_config
 from .checkpoint.layout import Layout
 from .checkpoint.layouts import get_layout
+from .checkpoint.verification import file_checksums
 from .errors import CheckpointError, SchemeError
 from .inputs import open_checkpoint
 
@@ -42,8 +45,9 @@ def convert(
     require_empty(out, overwrite, source.path)
     require_space(out, source.nbytes)
     clear(out)
-    _write(view, layout, ShardWriter(out, max_shard_size))
-    _finish(source, out, config)
+    writer = ShardWriter(out, max_shard_size)
+    _write(view, layout, writer)
+    _finish(source, out, config, writer.checksums)
     return out
 
 
@@ -76,11 +80,18 @@ def _write(view: DenseView, layout: Layout, writer: ShardWriter) -> None:
     writer.finish()
 
 
-def _finish(source: Checkpoint, out: Path, config: dict[str, Any]) -> None:
-    """Every other file as it was, config.json last."""
-    for file in [*source.other_files(), Path("README.md"), Path("qlinear.json")]:
+def _finish(source: Checkpoint, out: Path, config: dict[str, Any], checksums: Mapping[str, str]) -> None:
+    """Every other file as it was, `qlinear.json` with the new checksums, config.json last."""
+    for file in [*source.other_files(), Path("README.md")]:
         if (source.path / file).is_file():
             (out / file).parent.mkdir(exist_ok=True)
             shutil.copyfile(source.path / file, out / file)
     text = json.dumps(source.config | {"quantization_config": config}, indent=2, ensure_ascii=False) + "\n"
+    files = file_checksums(out, [str(file) for file in source.other_files()])
+    files["config.json"] = f"{zlib.crc32(text.encode()):08x}"
+    made_by = source.path / "qlinear.json"
+    note = json.loads(made_by.read_text()) if made_by.is_file() else {}
+    note["checksums"] = {"tensors": dict(checksums), "files": files}
+    note_text = json.dumps(note, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(out / "qlinear.json", note_text.encode())
     write_atomically(out / "config.json", text.encode())

@@ -6,6 +6,7 @@ from .output import clear, require_empty, require_space, write_atomically
 from .reader import Checkpoint
 from .skeleton import load_config, skeleton
 from .streamed import StreamedModel
+from .verification import Verification, verify
 from .writer import ShardWriter
 
 __all__ = [
@@ -14,10 +15,12 @@ __all__ = [
     "ShardWriter",
     "StreamedModel",
     "TensorInfo",
+    "Verification",
     "clear",
     "load_config",
     "require_empty",
     "require_space",
     "skeleton",
+    "verify",
     "write_atomically",
 ]

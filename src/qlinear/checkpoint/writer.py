@@ -13,7 +13,8 @@ import base64
 import json
 import os
 import struct
-from collections.abc import Iterable, Set
+import zlib
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from ..errors import OutputError
 from .header import BITS, DTYPE_NAMES, DTYPES, read_header
 from .output import sync_folder, write_atomically, writing_to
 from .reader import Checkpoint, as_bytes
+from .verification import checksum
 
 DEFAULT_SHARD_SIZE = 5 * 10**9
 # Some 700 tensors: more than a shard of a dense model holds, while one of many small experts closes early.
@@ -53,6 +55,7 @@ class ShardWriter:
     """Writes tensors into `folder`, which it makes; a shard holds at most `max_shard_size` bytes of data.
 
     A tensor larger than that has a shard of its own. Every method raises OutputError where the disk is full.
+    checksums: of the tensors that were added, by name, as `verify` compares them.
     """
 
     def __init__(self, folder: str | Path, max_shard_size: int = DEFAULT_SHARD_SIZE) -> None:
@@ -62,6 +65,7 @@ class ShardWriter:
         with writing_to(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         self._names: set[str] = set()
+        self.checksums: dict[str, str] = {}
         self._closed = 0
         self._shard = _Shard()
         self._file = self._create()
@@ -75,6 +79,7 @@ class ShardWriter:
         self = cls.__new__(cls)
         self.folder, self.max_shard_size = Path(folder), state["max_shard_size"]
         self._closed, self._shard = state["closed"], _Shard(**json.loads(json.dumps(state["shard"])))
+        self.checksums = dict(state["checksums"])
         self._take_back_names()
         self._names = {*self._shard.entries, *self._shard.late}
         for number in range(1, self._closed + 1):
@@ -114,7 +119,10 @@ class ShardWriter:
         """Make all that was added durable; returns the JSON-serialisable state that `resume` goes on from."""
         with writing_to(self.folder):
             os.fsync(self._file)
-        return {"max_shard_size": self.max_shard_size, "closed": self._closed, "shard": asdict(self._shard)}
+        return {
+            "max_shard_size": self.max_shard_size, "closed": self._closed, "shard": asdict(self._shard),
+            "checksums": dict(self.checksums),
+        }  # fmt: skip
 
     def finish(self) -> dict[str, str]:
         """Close the last shard, give all their final names, write the index; returns the weight map.
@@ -150,7 +158,7 @@ class ShardWriter:
         entry = {"dtype": dtype, "shape": list(shape), "data_offsets": [10**13, 10**13]}
         cost = len(json.dumps({name: entry}))
         self._make_room(nbytes, cost)
-        shard = self._shard
+        shard, parts = self._shard, self._summed(name, checksum(dtype, shape), parts)
         self._names.add(name)
         shard.room -= cost
         if nbytes % _ALIGNMENT:
@@ -158,6 +166,13 @@ class ShardWriter:
             shard.late_size += nbytes
         else:
             self._write(name, entry, parts)
+
+    def _summed(self, name: str, start: int, parts: Iterable[memoryview]) -> Iterator[memoryview]:
+        """The parts, and the tensor's checksum once the last has been taken."""
+        for part in parts:
+            start = zlib.crc32(part, start)
+            yield part
+        self.checksums[name] = f"{start:08x}"
 
     def _write(self, name: str, entry: dict[str, Any], parts: Iterable[memoryview]) -> None:
         """Write a tensor's data at the end of the current shard and enter it in the header."""

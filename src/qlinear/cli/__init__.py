@@ -12,7 +12,7 @@ from typing import Annotated, Any, Optional, cast
 import typer
 
 from ..errors import QLinearError
-from .display import Bars, show_calibration, show_evaluation, show_inspection, show_result
+from .display import Bars, show_calibration, show_evaluation, show_inspection, show_result, show_verification
 
 app = typer.Typer(
     name="qlinear",
@@ -209,6 +209,8 @@ Examples:
     qlinear inspect ./config.json --scheme w8a8 --json
 
     qlinear inspect ./model --format lmdeploy --migration-scale always
+
+    qlinear inspect --verify build/demo-w8a8
 """
 )
 def inspect(
@@ -227,11 +229,18 @@ def inspect(
         Optional[list[str]],  # noqa: UP045
         typer.Option(help="Linears to leave in float. Default: the output head."),
     ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Only compare a finished folder with what was written to it.")
+    ] = False,
     trust_remote_code: Trust = False,
     revision: Revision = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """List each linear: its shape, scheme, scales, bytes before and after, and where its smoothing lives."""
+    if verify:
+        _verify(model, as_json, quiet)
+        return
     from .. import inspect as run
 
     found = run(
@@ -274,6 +283,14 @@ def generate(
         model, prompt, max_new_tokens, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision
     )
     typer.echo(json.dumps({"prompt": prompt, "text": text}) if as_json else prompt + text)
+
+
+def _verify(folder: str, as_json: bool, quiet: bool) -> None:
+    from ..checkpoint.verification import verify
+
+    with Bars(quiet) as bars:
+        found = verify(folder, bars.update)
+    _show(found, as_json, show_verification)
 
 
 def _show(value: Any, as_json: bool, show: Callable[[Any], None]) -> None:

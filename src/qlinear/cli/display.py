@@ -24,6 +24,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from ..checkpoint import Verification
 from ..evaluation import Evaluation
 from ..inspection import Inspection
 from ..job import Result
@@ -153,6 +154,15 @@ def show_inspection(inspection: Inspection) -> None:
     _print(table)
     before, after = inspection.total_size_before, inspection.total_size
     Console().print(f"all tensors: {before:,} → {after:,} bytes ({after / before:.0%})", highlight=False)
+
+
+def show_verification(found: Verification) -> None:
+    """That a folder is as it was written, and how much was compared."""
+    Console().print(
+        f"{escape(found.path)} is as it was written: {found.tensors} tensors ({_size(found.total_size)}) and "
+        f"{found.files} other files",
+        highlight=False,
+    )
 
 
 def _block(name: str) -> str:

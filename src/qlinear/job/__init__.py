@@ -143,7 +143,7 @@ def quantize(
         config = quantization_config(source, layout, plan, job.kept)
     record = {"settings": settings, "layers": [asdict(layer) for layer in job.layers]}
     untied = source.head_name in plan.chosen and source.model.config.tie_word_embeddings
-    finish(out, source, config, untied, record)
+    finish(out, source, config, untied, record, writer.checksums)
     job.journal.remove()
     return Result(
         str(out), time.monotonic() - began, peak_rss(), Checkpoint.open(out).nbytes, source.checkpoint.nbytes,

@@ -3,12 +3,14 @@
 import json
 import platform
 import shutil
+import zlib
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import StreamedModel, write_atomically
+from ..checkpoint.verification import file_checksums
 
 
 def finish(
@@ -17,8 +19,12 @@ def finish(
     quantization_config: dict[str, Any] | None,
     untied: bool,
     record: Mapping[str, Any],
+    checksums: Mapping[str, str],
 ) -> None:
-    """Copy what is not weights from the source, and write the card, `qlinear.json` and, last, config.json."""
+    """Copy what is not weights from the source, and write the card, `qlinear.json` and, last, config.json.
+
+    checksums: of the tensors; those of the other files are added to them.
+    """
     checkpoint = source.checkpoint
     for file in checkpoint.other_files():
         target = folder / file
@@ -29,11 +35,14 @@ def finish(
         "total_size": checkpoint.nbytes,
         "fingerprint": checkpoint.fingerprint(),
     }
-    note = dict(record) | {"source": made_from, "versions": versions()}
-    config = result_config(checkpoint.config, quantization_config, untied)
-    write_atomically(folder / "qlinear.json", _json(note))
+    config = _json(result_config(checkpoint.config, quantization_config, untied))
+    files = file_checksums(folder, [str(file) for file in checkpoint.other_files()])
+    files["config.json"] = f"{zlib.crc32(config):08x}"
+    sums = {"tensors": dict(checksums), "files": files}
+    note = dict(record) | {"source": made_from, "versions": versions(), "checksums": sums}
     write_atomically(folder / "README.md", model_card(source, record).encode())
-    write_atomically(folder / "config.json", _json(config))
+    write_atomically(folder / "qlinear.json", _json(note))
+    write_atomically(folder / "config.json", config)
 
 
 def result_config(
