@@ -1,10 +1,12 @@
 """Lanes: a model stepped through block by block gives what it gives in one go."""
 
+import threading
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from qlinear.blocks import Lanes, batches_of, find_blocks
+from qlinear.blocks import Call, Lane, Lanes, batches_of, find_blocks
 from qlinear.errors import StructureError
 
 
@@ -115,3 +117,25 @@ def test_blocks_are_the_elements_of_the_outermost_module_lists(model: Model) -> 
 def test_a_model_without_blocks_is_refused() -> None:
     with pytest.raises(StructureError, match="no decoder blocks"):
         find_blocks(nn.Linear(2, 2))
+
+
+def test_a_lane_that_is_ended_while_it_runs_ends_at_its_next_block() -> None:
+    reached, go = threading.Event(), threading.Event()
+    block = nn.Linear(2, 2)
+
+    def model() -> None:
+        reached.set()
+        go.wait()
+        lane = threading.current_thread()
+        assert isinstance(lane, Lane)
+        lane.wait_for(Call(block, block.forward, (), {}))
+        raise AssertionError("it went on")
+
+    lane = Lane(model, {})
+    lane.start()
+    reached.wait()
+    ending = threading.Thread(target=lane.close)
+    ending.start()
+    go.set()
+    ending.join(20)
+    assert not lane.is_alive()

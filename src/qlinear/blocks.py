@@ -101,11 +101,9 @@ class Lane(threading.Thread):
         self.advance(self.waiting.run())
 
     def close(self) -> None:
-        """End the lane wherever it stands."""
-        if self.call is not None:
-            self.call = None
-            self._answers.put(_Closed())
-            self._paused.get()
+        """End the lane wherever it stands; one that runs, as after Ctrl-C, ends at its next block."""
+        self.call = None
+        self._answers.put(_Closed())
         self.join()
 
     def _until_paused(self) -> None:

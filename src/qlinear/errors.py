@@ -4,6 +4,7 @@
     ├── SchemeError        a scheme, format or granularity that does not exist or does not fit
     ├── NumericsError      NaN or infinity where a number has to be
     ├── CheckpointError    a folder that is not a checkpoint, or is damaged
+    │   └── SourceLostError    a checkpoint that could no longer be read
     ├── OutputError        a place that cannot be written to
     ├── DataError          calibration or evaluation data that cannot be used
     └── StructureError     a model whose blocks cannot be found or run
@@ -27,6 +28,10 @@ class NumericsError(QLinearError):
 
 class CheckpointError(QLinearError):
     """A source that is not a checkpoint, is damaged, or is already quantized."""
+
+
+class SourceLostError(CheckpointError):
+    """A source that was sound when it was opened, and could not be read later: what it gave until then is valid."""
 
 
 class OutputError(QLinearError):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, SourceLostError
 from .header import DTYPE_NAMES, TensorInfo, parse_json, read_header
 
 _CHUNK = 4 << 20
@@ -263,11 +263,18 @@ def _is_copied(name: str) -> bool:
 
 @contextlib.contextmanager
 def _opened(file: Path) -> Iterator[int]:
-    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        descriptor = os.open(file, os.O_RDONLY)
+    except OSError as error:
+        raise _lost(file, error) from error
     try:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _lost(file: Path, error: OSError) -> SourceLostError:
+    return SourceLostError(f"{file} cannot be read ({error.strerror}): check the disk, and run again")
 
 
 def _read_exactly(descriptor: int, into: memoryview, offset: int, file: Path) -> None:
@@ -277,7 +284,9 @@ def _read_exactly(descriptor: int, into: memoryview, offset: int, file: Path) ->
         try:
             count = os.preadv(descriptor, [into[done:]], offset + done)
         except OSError as error:
-            raise CheckpointError(f"{file} cannot be read ({error.strerror}): check the disk") from error
+            raise _lost(file, error) from error
         if count == 0:
-            raise CheckpointError(f"{file} ended at byte {offset + done:,} while it was read: it was changed")
+            raise SourceLostError(
+                f"{file} ended at byte {offset + done:,} while it was read: it was changed; restore it and run again"
+            )
         done += count

@@ -139,11 +139,11 @@ def quantize(
     job = Job(source, writer, journal, recipe, tokens, progress, statistics)
     with leaving_no_trace(job, existed):
         job.run()
-    if job.kept:
-        config = quantization_config(source, layout, plan, job.kept)
-    record = {"settings": settings, "layers": [asdict(layer) for layer in job.layers]}
-    untied = source.head_name in plan.chosen and source.model.config.tie_word_embeddings
-    finish(out, source, config, untied, record, writer.checksums)
+        if job.kept:
+            config = quantization_config(source, layout, plan, job.kept)
+        record = {"settings": settings, "layers": [asdict(layer) for layer in job.layers]}
+        untied = source.head_name in plan.chosen and source.model.config.tie_word_embeddings
+        finish(out, source, config, untied, record, writer.checksums)
     job.journal.remove()
     return Result(
         str(out), time.monotonic() - began, peak_rss(), Checkpoint.open(out).nbytes, source.checkpoint.nbytes,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import StreamedModel, write_atomically
+from ..checkpoint.output import writing_to
 from ..checkpoint.verification import file_checksums
 
 
@@ -28,8 +29,9 @@ def finish(
     checkpoint = source.checkpoint
     for file in checkpoint.other_files():
         target = folder / file
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(checkpoint.path / file, target)
+        with writing_to(target):
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(checkpoint.path / file, target)
     made_from = {
         "name": source.name,
         "total_size": checkpoint.nbytes,

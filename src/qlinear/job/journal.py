@@ -136,10 +136,14 @@ class Journal:
 def begin(out: Path, settings: Mapping[str, Any], max_shard_size: int) -> tuple[ShardWriter, Journal]:
     """What writes a run into `out` and remembers it: taken up where an earlier one left off, or new."""
     journal = Journal.open(out, settings)
-    if journal.shards is None:
-        clear(out)
-        return ShardWriter(out, max_shard_size), journal
-    return ShardWriter.resume(out, journal.shards), journal
+    try:
+        if journal.shards is None:
+            clear(out)
+            return ShardWriter(out, max_shard_size), journal
+        return ShardWriter.resume(out, journal.shards), journal
+    except BaseException:
+        journal.close()
+        raise
 
 
 def identity(source: StreamedModel, tokens: Tensor | None) -> dict[str, str]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import Checkpoint, StreamedModel, clear
-from ..errors import CheckpointError, NumericsError, StructureError
+from ..errors import CheckpointError, NumericsError, SourceLostError, StructureError
 from ..plan import Plan, is_parameter
 
 if TYPE_CHECKING:
@@ -84,10 +84,13 @@ def _count_bad(x: Tensor) -> int:
 def leaving_no_trace(job: "Job", existed: bool) -> Iterator[None]:
     """Inside, a model that turns out to be unfit takes back what was written of it, and a folder made for it.
 
-    A disk that is full or fails is another matter: what was finished until then stays, to be taken up again.
+    A disk that is full or cannot be read is another matter: what was finished until then stays, to be taken up again.
     """
     try:
         yield
+    except SourceLostError:
+        _let_go(job)
+        raise
     except (CheckpointError, NumericsError, StructureError):
         job.blocks.writer.close()
         job.journal.remove()
@@ -96,8 +99,15 @@ def leaving_no_trace(job: "Job", existed: bool) -> Iterator[None]:
             _remove_if_empty(job.out)
         raise
     except BaseException:
-        job.journal.close()
+        _let_go(job)
         raise
+
+
+def _let_go(job: "Job") -> None:
+    """Leave the folder as it is, for another run to take up."""
+    with suppress(OSError):  # a shard that was closed, or could not be
+        job.blocks.writer.close()
+    job.journal.close()
 
 
 def _remove_if_empty(folder: Path) -> None:
