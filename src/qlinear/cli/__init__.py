@@ -1,5 +1,6 @@
 """The command line: each command is a typed function that calls one public function and shows what it gave."""
 
+import ctypes
 import json
 import os
 import sys
@@ -25,6 +26,8 @@ app = typer.Typer(
 
 # What a shell reports for a process that Ctrl-C ended.
 _INTERRUPTED = 130
+# glibc's M_MMAP_THRESHOLD, of malloc.h.
+_MMAP_THRESHOLD = -3
 
 Model = Annotated[str, typer.Argument(help="A checkpoint folder, a Hub id, or `demo` (the embedded model).")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
@@ -333,12 +336,24 @@ def main() -> None:
     """Run the command line: 0 on success, 2 with one line for a mistake in what was given, 1 for a failure of ours."""
     # Read when transformers is first imported, which is later; what is set outside is left as it is.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # Read at the first tensor: large ones then lie on large pages, which cost hundreds of times fewer page faults.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    _allocate_apart()
     with warnings.catch_warnings():
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
         sys.exit(_run())
+
+
+def _allocate_apart() -> None:
+    """Have every large tensor lie on pages of its own, large ones where the system has them.
+
+    glibc would come to keep tensors on its heap, as the first are freed. There what lives long, the calibration set's
+    hidden states, lies between what does not, and holds it: a job of 22 blocks then takes half as much memory again.
+    """
+    # Read at the first tensor: fewer, larger pages cost fewer page faults.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if set_option is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        set_option(_MMAP_THRESHOLD, 4 << 20)
 
 
 def _run() -> int:
