@@ -1,6 +1,6 @@
 """How long the main job takes, how much memory, and how that compares: with the machine, and with llmcompressor.
 
-    python benchmarks/quantize.py [--layers 22] [--smooth 0.5] [--env FOLDER] [--no-peer]
+    python benchmarks/quantize.py [--layers 22] [--smooth 0.5] [--env FOLDER] [--peer-dtype float32] [--no-peer]
 
 A checkpoint of the shape of a 1.1B Llama (bfloat16, random weights) is made in a temporary folder, and W8A8 with
 smoothing on 16 sequences of 512 random tokens is done to it by `qlinear quantize` and by llmcompressor, each in a
@@ -142,10 +142,10 @@ def run_ours(source: Path, smooth: str) -> Run:
     return run("qlinear", command, source.parent)
 
 
-def run_peer(source: Path, python: Path, smooth: str) -> Run:
+def run_peer(source: Path, python: Path, smooth: str, dtype: str) -> Run:
     ids = calibration_ids("random", open_model(source), SAMPLES, SEQ_LEN, seed=0)
     save_file({"input_ids": ids}, source.parent / "calibration.safetensors")
-    command = [python, SCRIPT.absolute(), source, "calibration.safetensors", "peer"]
+    command = [python, SCRIPT.absolute(), source, "calibration.safetensors", "peer", "--dtype", dtype]
     return run("llmcompressor", command + ["--no-smooth"] * (smooth == "off"), source.parent)
 
 
@@ -179,6 +179,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--smooth", default="0.5", help="alpha, or off")
     parser.add_argument("--env", type=Path, default=Path("build/peers/llmcompressor"))
+    parser.add_argument(
+        "--peer-dtype", default="auto", help="float32 where the processor only emulates bfloat16"
+    )
     parser.add_argument("--no-peer", action="store_true", help="run qlinear alone")
     parser.add_argument(
         "--work", type=Path, help="a folder on the disk to use, not the system's temporary one"
@@ -191,7 +194,7 @@ def main() -> None:
         machine, dtype = measure_machine(Path(work)), compute_dtype(torch.bfloat16)
         runs = [run_ours(source, args.smooth)]
         if python is not None:
-            runs.append(run_peer(source, python, args.smooth))
+            runs.append(run_peer(source, python, args.smooth, args.peer_dtype))
         least = least_seconds(source, Path(work) / "ours", machine, dtype, args.smooth)
         print(
             f"{args.layers} layers, {SAMPLES} × {SEQ_LEN} tokens, W8A8, smooth {args.smooth}; {os.cpu_count()} cores"
