@@ -347,7 +347,7 @@ def _allocate_apart() -> None:
     """Have every large tensor lie on pages of its own, large ones where the system has them.
 
     glibc would come to keep tensors on its heap, as the first are freed. There what lives long, the calibration set's
-    hidden states, lies between what does not, and holds it: a job of 22 blocks then takes half as much memory again.
+    hidden states, lies between what does not, and holds it.
     """
     # Read at the first tensor: fewer, larger pages cost fewer page faults.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
