@@ -16,7 +16,7 @@ demo: .venv/stamp ## the main job on the embedded model, ending with a table of 
 	$(BIN)/qlinear evaluate build/demo-w8a8 --reference demo
 
 test: .venv/stamp
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 check: .venv/stamp
 	$(BIN)/ruff check .

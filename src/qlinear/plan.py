@@ -67,7 +67,7 @@ def make_plan(
         _require_fit(name, linears[name], schemes[name])
     every = [name for name, module in source.model.named_modules() if isinstance(module, nn.Linear)]
     # By both names where the file's and the model's differ: one engine looks for these, another for those.
-    left = [{name: None, source.names.source_module(name): None} for name in every if name not in schemes]
+    left = [dict.fromkeys((name, *_name_in_file(source, name))) for name in every if name not in schemes]
     ignored = tuple(name for names in left for name in names) + unused_modules(source)
     return Plan(
         schemes, ignored, _nbytes(source, linears, schemes), (*notes, *_cut_by_ranks(linears, schemes))
@@ -164,6 +164,8 @@ def quantizable(source: StreamedModel, transposed: bool = False) -> Iterator[tup
     inside = tuple(f"{name}." for name in text_blocks(source))
     other = transposed_linears(source.model) if transposed else {}
     for name, module in source.model.named_modules():
+        if isinstance(module, nn.Linear) and not _name_in_file(source, name):
+            continue  # nothing in the file that codes could take the place of
         if isinstance(module, nn.Linear) and (name.startswith(inside) or module is source.head):
             yield name, (module.out_features, module.in_features)
         elif name in other and name.startswith(inside):
@@ -172,6 +174,11 @@ def quantizable(source: StreamedModel, transposed: bool = False) -> Iterator[tup
     for name, parameter in source.model.named_parameters():
         if parameter.dim() == 3 and name.startswith(inside) and _is_stack(source, name):
             yield name, tuple(parameter.shape)
+
+
+def _name_in_file(source: StreamedModel, name: str) -> list[str]:
+    """What the file calls a linear; nothing where its weight is cut out of another tensor there."""
+    return [source.names.source_module(name)] if source.names.is_one_tensor(name) else []
 
 
 def _is_stack(source: StreamedModel, name: str) -> bool:

@@ -94,6 +94,14 @@ class NameMap:
         """The file's name of each matrix of a stack, and the view of it that is this matrix."""
         return parts(self._recipes[self._key[name]], stack)
 
+    def made_with(self, name: str) -> list[str]:
+        """The parameters that come from the same tensors of the file as this one, itself included."""
+        return list(self._recipes[self._key[name]].targets)
+
+    def is_one_tensor(self, module_name: str) -> bool:
+        """Whether a linear layer's weight is one tensor of the file, and not cut out of or put together from others."""
+        return self._recipes[self._key[f"{module_name}.weight"]].converter is None
+
     def source_module(self, module_name: str) -> str:
         """Where the file keeps a linear layer: `<this>.weight` is its weight there, so scales go beside it.
 

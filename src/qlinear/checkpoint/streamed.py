@@ -161,7 +161,11 @@ class StreamedModel:
     def _find_schemes(self) -> dict[str, Scheme]:
         """The scheme of each linear that the checkpoint holds quantized, by the model's names."""
         linears = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
-        modules = {name: self.names.source_module(name) for name in linears if self._view.schemes}
+        modules = {
+            name: self.names.source_module(name)
+            for name in linears
+            if self._view.schemes and self.names.is_one_tensor(name)
+        }
         return {name: self._view.schemes[m] for name, m in modules.items() if m in self._view.schemes}
 
     def _outside(self) -> list[str]:

@@ -44,7 +44,8 @@ class BlockWriter:
         for name in stacks:
             rounded.append(self._write_stack(found, name, [w for w in weights if w.name == name]))
         floats = changed.difference(stacks)
-        self._write_float({joined(found.name, name): found.block.get_parameter(name) for name in floats})
+        together = {n for name in floats for n in self.source.names.made_with(joined(found.name, name))}
+        self._write_float({name: self.source.model.get_parameter(name) for name in together})
         return rounded
 
     def _smooth_in_place(self, found: Findings, weight: Weight) -> None:
