@@ -118,7 +118,7 @@ def test_merged_statistics_are_those_of_all_tokens(a: int, b: int, seed: int) ->
 
 def run_of(*weights: tuple[Weight, Tensor]) -> Trace:
     trace = Trace()
-    trace.products = [Product(w, x, x, None, (x.data_ptr(), x.shape)) for w, x in weights]
+    trace.products = [Product(w, x, x, None, (x.data_ptr(), x.shape), frozenset()) for w, x in weights]
     return trace
 
 

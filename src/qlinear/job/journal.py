@@ -193,7 +193,7 @@ def _smoothing_as_bytes(found: Findings) -> bytes:
     for part, vectors in (
         ("columns", smoothing.columns), ("rows", smoothing.rows), ("migration", smoothing.migration),
     ):  # fmt: skip
-        names[part] = json.dumps([[w.name, w.transposed, w.index] for w in vectors])
+        names[part] = json.dumps([[w.name, w.transposed, w.index, w.slices] for w in vectors])
         tensors |= {f"{part}.{i}": vector.clone().contiguous() for i, vector in enumerate(vectors.values())}
     changed = sorted(smoothing.changed)
     names["changed"] = json.dumps(changed)

@@ -102,7 +102,7 @@ def _slices(block: nn.Module, weight: Weight) -> list[Weight]:
     """The weight, or all matrices of the stack that it is one of."""
     if weight.index is None:
         return [weight]
-    return [replace(weight, index=index) for index in range(len(block.get_parameter(weight.name)))]
+    return [replace(weight, index=index) for index in range(weight.count(block))]
 
 
 def _named(found: Mapping[Weight, InputStats], block: str) -> dict[str, InputStats]:

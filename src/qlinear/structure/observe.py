@@ -42,6 +42,10 @@ class Weight:
         matrix = stack if self.index is None else stack[self.index]
         return matrix.mT if self.transposed else matrix
 
+    def count(self, block: nn.Module) -> int:
+        """How many slices the stack has that it is one of."""
+        return self.slices or len(block.get_parameter(self.name))
+
     @property
     def module(self) -> str:
         """The module that owns it, by its name in the block."""

@@ -78,11 +78,11 @@ def _is_whole(fold: Fold, block: nn.Module) -> bool:
 
     Experts are slices of a stack, or elements of one list. What an expert's own weights make, others do not read.
     """
-    named = {weight.name for weight in (reader.weight for reader in fold.readers)}
-    for name in named:
-        index = {reader.weight.index for reader in fold.readers if reader.weight.name == name} - {None}
-        is_own = fold.producer.weight is not None and fold.producer.weight.index is not None
-        if index and not is_own and len(index) < len(block.get_parameter(name)):
+    named = {reader.weight.name: reader.weight for reader in fold.readers}
+    is_own = fold.producer.weight is not None and fold.producer.weight.index is not None
+    for name, weight in named.items():
+        slices = [reader.weight for reader in fold.readers if reader.weight.name == name]
+        if weight.index is not None and not is_own and len(slices) < weight.count(block):
             return False
     pattern_of = {_without_number(name, fold.producer.name): name for name in named}
     others = (name for name, p in block.named_parameters() if p.dim() == 2 and name not in named)
