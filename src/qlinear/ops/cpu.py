@@ -21,7 +21,7 @@ from . import reference
 
 # Float32 elements that the caches of two cores hold while a few passes are made over them. Temporaries of this
 # size come back from malloc still warm, so nothing is gained by managing buffers here.
-_CHUNK = 1 << 19
+_CHUNK = 1 << 18
 # Rows of one product: enough to read the weight few times, few enough for its output to stay in cache.
 _PRODUCT_ROWS = 512
 _NO_ZERO_POINT = torch.zeros(1, dtype=torch.int32, device="cpu")
