@@ -100,10 +100,15 @@ def show_result(result: Result) -> None:
     _print(summary)
     worst = sorted(result.layers, key=lambda layer: -layer.error)[:_WORST]
     if worst:
-        table = _table("layer", "output error", "smoothing", title=f"the {len(worst)} that lost most")
+        is_searched = any(layer.error != layer.rtn_error for layer in worst)
+        nearest = ("to nearest",) if is_searched else ()
+        title = f"the {len(worst)} that lost most"
+        table = _table("layer", "output error", *nearest, "share", "smoothed by", title=title)
         for layer in worst:
+            figures = [f"{layer.error:.2%}", *([f"{layer.rtn_error:.2%}"] if is_searched else [])]
             where = _home(layer.name, layer.migration, layer.folded_into)
-            table.add_row(escape(layer.name), f"{layer.error:.2%}", where)
+            alpha = "" if layer.alpha is None or not layer.curve else f", α {layer.alpha:g}"
+            table.add_row(escape(layer.name), *figures, f"{layer.share:.0%}", where + alpha)
         _print(table)
     for warning in result.warnings:
         Console().print(f"[yellow]note:[/yellow] {escape(warning)}", highlight=False)
@@ -149,7 +154,7 @@ def show_inspection(inspection: Inspection) -> None:
             table.add_row(
                 f"  {escape(name)}" if block else f"[bold]{escape(name)}[/bold]", _shape(linear.shape),
                 linear.scheme or "float", _shape(linear.scale_shape), _size(linear.bytes_before),
-                _size(linear.bytes_after), _home(f"{block}.", linear.migration, linear.folded_into, ""),
+                _size(linear.bytes_after), _home(f"{block}.", linear.migration, linear.folded_into),
             )  # fmt: skip
     _print(table)
     before, after = inspection.total_size_before, inspection.total_size
@@ -171,14 +176,14 @@ def _block(name: str) -> str:
     return found[1] if found else ""
 
 
-def _home(name: str, migration: str, folded_into: str | None, verb: str = "folded into ") -> str:
+def _home(name: str, migration: str, folded_into: str | None) -> str:
     """Where a layer's smoothing lives; the module that took it by its name relative to the layer's."""
     if folded_into is None:
         return migration
     pairs = takewhile(
         lambda pair: pair[0] == pair[1], zip(name.split("."), folded_into.split("."), strict=False)
     )
-    return verb + escape(".".join(folded_into.split(".")[len(list(pairs)) :]))
+    return escape(".".join(folded_into.split(".")[len(list(pairs)) :]))
 
 
 def _shape(shape: Sequence[int]) -> str:
