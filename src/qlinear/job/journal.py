@@ -148,9 +148,9 @@ def begin(out: Path, settings: Mapping[str, Any], max_shard_size: int) -> tuple[
 
 def identity(source: StreamedModel, tokens: Tensor | None) -> dict[str, str]:
     """What, besides its settings, decides what a run writes: the model, the text, and who computes."""
-    text = "none" if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    text = "none" if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
     packages = {name: version(name) for name in ("qlinear", "torch", "transformers")}
-    return {"model": source.checkpoint.fingerprint(), "calibration": text, **packages}
+    return {"model": source.checkpoint.fingerprint()[:16], "calibration": text, **packages}
 
 
 def is_unfinished(out: str | Path) -> bool:
