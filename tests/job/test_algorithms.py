@@ -15,6 +15,7 @@ from qlinear import QLinearError, Scheme, TensorFormat
 from qlinear.checkpoint import Checkpoint
 from qlinear.nn import QLinear
 
+from ..architectures import classes, small_model
 from ..models import contents, edit_weights, save_model
 
 IDS = torch.randint(3, 97, (24, 30), generator=torch.Generator().manual_seed(0))
@@ -179,6 +180,14 @@ def test_the_worst_layers_stay_in_float_with_what_engines_merge(
     stored = Checkpoint.open(tmp_path / "out").tensors
     assert all(stored[f"{name}.weight"].dtype == torch.float32 for name in kept)
     assert divergence(source, tmp_path / "out") <= divergence(source, tmp_path / "plain")
+
+
+def test_what_is_held_back_cannot_be_passed_twice(tmp_path: Path) -> None:
+    twice = next(kind for kind in classes() if kind.__name__.startswith("HrmText"))
+    small_model(twice).save_pretrained(tmp_path / "source")
+    with pytest.raises(QLinearError, match=r"twice.*--keep-worst 0"):
+        qlinear.quantize(tmp_path / "source", tmp_path / "out", calibration=IDS % 60, keep_worst=1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_statistics_of_an_earlier_calibration_give_the_same_codes(source: Path, tmp_path: Path) -> None:

@@ -37,17 +37,21 @@ class Group:
         """The largest magnitude of each channel of x (in,)."""
         return torch.maximum(self.high, -self.low)
 
-    def smoothed(self, s: Tensor) -> "Group":
-        """The same group after x is divided by s (in,) and the columns of its weights are multiplied by it."""
+    def divided(self, s: Tensor) -> "Group":
+        """The group with x divided by s (in,), and its weights left as they are: they hold s already."""
         return replace(
             self,
-            weights={name: weight * s for name, weight in self.weights.items()},
             low=self.low / s,
             high=self.high / s,
             absmean=self.absmean / s,
             sample=self.sample / s,
-            moment=None if self.moment is None else self.moment / s / s.unsqueeze(1),
+            moment=None if self.moment is None else self.moment / s / s.unsqueeze(-1),
         )
+
+    def smoothed(self, s: Tensor) -> "Group":
+        """The same group after x is divided by s (in,) and the columns of its weights are multiplied by it."""
+        weights = {name: weight * s for name, weight in self.weights.items()}
+        return replace(self.divided(s), weights=weights)
 
     def quantized_sample(self) -> Tensor:
         """The sample (n, in) as the layer will see it: through the codes of the scheme's activations, if it has any."""

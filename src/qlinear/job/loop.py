@@ -57,6 +57,7 @@ class Job:
         self.journal = journal
         self.blocks = BlockWriter(source, writer, recipe, journal.done)
         self._likely: Sequence[Fold] = ()
+        self._held_back: set[str] = set()
         self._shared = shared_parameters(source.blocks.values())
 
     @property
@@ -145,8 +146,15 @@ class Job:
 
     def _write(self, found: Findings) -> list[Rounded]:
         """Round and write a block, and note that it is done."""
+        if found.name in self._held_back:
+            raise StructureError(
+                f"the model passes {found.name} twice, and what keep_worst holds back cannot be passed again: use "
+                "--keep-worst 0, or leave linears in float with --ignore"
+            )
         rounded = self.blocks.write(found)
-        if not self.recipe.keep_worst:  # what is held back until the end is in no file yet
+        if self.recipe.keep_worst:  # what is held back until the end is in no file yet
+            self._held_back.add(found.name)
+        else:
             self.journal.record(found, self.layers, self.warnings, self.blocks.writer)
         return rounded
 

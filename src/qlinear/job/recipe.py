@@ -92,10 +92,6 @@ class Findings:
         """A weight (out, in) as smoothed by now, float32."""
         return self.smoothing.apply(weight, weight.of(self.block).detach())
 
-    def columns(self, weight: Weight) -> Tensor:
-        """What a weight's columns were multiplied by, and its input therefore is divided by: (in,), or () if 1."""
-        return self.smoothing.columns.get(weight, torch.ones((), device=weight.of(self.block).device))
-
     def leader(self, weight: Weight) -> Weight | None:
         """The first of the weights that share this one's smoothing vector."""
         return next((group.weights[0] for group in self.groups if weight in group.weights), None)

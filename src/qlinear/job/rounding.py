@@ -17,8 +17,6 @@ from .recipe import Algorithm, Findings, Recipe
 
 # Shares of a static input's range to choose from.
 _RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
-
-
 # Tokens that a linear's error is measured on. It is a norm over all of its outputs: more would cost, and tell no more.
 _MEASURED = 64
 # Elements of a float32 working copy that stay in a core's cache.
@@ -69,23 +67,14 @@ def scale_dtype(scheme: Scheme, stored: torch.dtype) -> torch.dtype:
     return stored if scheme.weight.bits == 4 else torch.float32
 
 
-def divided(group: Group, columns: Tensor) -> Group:
-    """The group with its input divided by what its weights' columns have been multiplied by: (in,) or ()."""
-    moment = group.moment
-    if moment is not None and columns.dim():
-        moment = moment / columns / columns.unsqueeze(1)
-    return replace(
-        group, low=group.low / columns, high=group.high / columns, absmean=group.absmean / columns,
-        sample=group.sample / columns, moment=moment,
-    )  # fmt: skip
-
-
 def round_weights(found: Findings, weights: Sequence[Weight], recipe: Recipe) -> Iterator[Rounded]:
     """Codes of those of `weights` that the recipe quantizes, one unit after another."""
     units = grouped(found, weights, recipe)
     with_data = {weight for members, _ in units for weight in members}
     for members, group in units:
-        yield from _round_unit(found, members, divided(group, found.columns(members[0])), recipe.algorithm)
+        columns = found.smoothing.columns.get(members[0])
+        smoothed = group if columns is None else group.divided(columns)
+        yield from _round_unit(found, members, smoothed, recipe.algorithm)
     for weight in weights:
         scheme = recipe.schemes.get(found.full_name(weight))
         if scheme is not None and weight not in with_data:

@@ -11,6 +11,7 @@ from ..algorithms import search_alpha, search_scale
 from ..algorithms.grid import ENDS
 from ..algorithms.group import Group
 from ..algorithms.search import Point, Search
+from ..calibrate import absmax_of
 from ..smooth import GroupStatistics, group_scale
 from ..structure import InputGroup, Weight
 from .recipe import Findings, Recipe
@@ -49,7 +50,7 @@ def _vector(found: Findings, group: InputGroup, recipe: Recipe) -> Tensor | None
     """The vector of a group, from its weights as they are by now; None where the search says to leave it alone."""
     assert recipe.smooth is not None
     matrices = {weight: found.matrix(weight) for weight in group.weights}
-    absmax = {w: found.stats[w].absmax for w in group.weights if w in found.stats}
+    absmax = absmax_of(found.stats, group.weights)
     if not isinstance(recipe.smooth, str):
         return group_scale(group, matrices, absmax, recipe.smooth)
     quantized = [weight for weight in group.weights if found.full_name(weight) in recipe.schemes]
