@@ -24,7 +24,7 @@ from qlinear.errors import QLinearError
 from qlinear.nn import QLinear
 from qlinear.scheme import get_scheme
 from qlinear.smooth import Smoothing, group_scale
-from qlinear.structure import Fold, InputGroup, examine, find_groups
+from qlinear.structure import Fold, InputGroup, consulted, examine, find_groups
 
 from .architectures import classes, small_model
 
@@ -61,6 +61,7 @@ def sweep(name: str) -> Swept:
     inputs = _inputs(model, TOKENS)
     _plant(model, inputs)
     expected, called, multiplied = _run(model, inputs)
+    called -= {model.get_submodule(name) for name in consulted(model, find_blocks(model))}
     swept = Swept(plain=_w8a8(model, inputs, expected, called, {}))
     kept = _smooth(model, swept, multiplied)
     swept.difference = _difference(_logits(model, inputs), expected)

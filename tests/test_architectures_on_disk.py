@@ -18,6 +18,8 @@ from .sweep import CLASSES, TOKENS
 
 DENSE = ["Llama", "Qwen3", "Gemma3Text", "Phi3", "Cohere", "Olmo2", "OPT", "GPTNeoX", "StableLm", "Mamba2"]
 MIXTURES = ["Qwen3Moe", "DeepseekV3"]
+# Attention with an indexer, whose code casts to the dtype of a linear's weight.
+CASTING = ["DeepseekV32", "GlmMoeDsa", "HYV4", "AXK2", "Dots3NoteText"]
 
 
 def written(name: str, folder: Path, layout: str) -> Path:
@@ -63,3 +65,17 @@ def test_plain_transformers_loads_what_dense_models_become(name: str, tmp_path: 
     assert float(theirs.norm()) < 1.25 * float(ours.norm()), (
         "the codes are the same, only activations round otherwise"
     )
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", CASTING)
+@pytest.mark.parametrize("smooth", [0.5, "off"])
+def test_models_that_cast_to_a_weights_dtype_run_when_loaded(
+    name: str, smooth: float | str, tmp_path: Path
+) -> None:
+    model = small_model(CLASSES[name])
+    model.save_pretrained(tmp_path / "model")
+    result = quantize(tmp_path / "model", tmp_path / "out", smooth=smooth, ignore=[], calibration=TOKENS)
+    assert any("dtype of their weights" in warning for warning in result.warnings)
+    exact, ours = logits(model), logits(load(tmp_path / "out", dtype="float32"))
+    assert float((ours - exact).norm()) < 0.5 * float(exact.norm())

@@ -52,6 +52,17 @@ class Recurrent(nn.Module):
         return state
 
 
+class Casting(nn.Module):
+    """Casts to the dtype of one of its weights, as attention with an indexer does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(32, 32), nn.Linear(32, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(torch.tanh(self.inner(x.to(self.inner.weight.dtype))))
+
+
 def relative(module: nn.Module, original: nn.Module, x: Tensor) -> float:
     with torch.no_grad():
         return float((module(x) - original(x)).norm() / original(x).norm())
@@ -241,3 +252,13 @@ def test_what_cannot_be_done_is_said_before_anything_changes(
 def test_a_bare_layer_cannot_be_replaced_in_place() -> None:
     with pytest.raises(StructureError, match="itself a linear layer"):
         quantize_(nn.Linear(3, 4))
+
+
+def test_a_weight_whose_dtype_is_asked_for_stays_in_float_and_is_named() -> None:
+    module = Casting()
+    x = torch.randn(8, 32)
+    result = quantize_(copy.deepcopy(module), "w8a8", x)
+    assert result.replaced == ("outer",)
+    assert list(result.left) == ["inner.weight"]
+    assert "dtype" in result.left["inner.weight"]
+    assert relative(result.module, module, x) < 0.05

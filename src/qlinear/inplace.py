@@ -28,6 +28,7 @@ from .structure import Weight, watching
 _SAMPLE = 256
 # Functions that look a parameter up, or ask about it, without multiplying by it.
 _HARMLESS = frozenset({"embedding", "embedding_bag", "__get__", "size", "dim", "numel", "is_floating_point"})
+_DTYPE = Tensor.dtype.__get__  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +107,10 @@ class _Uses(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        name = "dtype" if func == _DTYPE else getattr(func, "__name__", str(func))
         for leaf in tree_leaves((args, kwargs)):
             if id(leaf) in self._parameters:
-                self._uses.setdefault(id(leaf), set()).add(getattr(func, "__name__", str(func)))
+                self._uses.setdefault(id(leaf), set()).add(name)
         return func(*args, **(kwargs or {}))
 
 
@@ -162,7 +164,8 @@ def _linears(module: nn.Module, seen: _Seen) -> Iterator[tuple[str, nn.Linear]]:
     """The layers that can be replaced, by name, each as the nn.Linear that it is or that does the same."""
     for name, child in module.named_modules():
         linear = child if type(child) is nn.Linear else _recognised(child, _weight_of(seen, name), seen)
-        if linear is None:
+        # Code that casts an input to its weight's dtype would cast it to that of the codes.
+        if linear is None or any("dtype" in seen.uses.get(id(p), ()) for p in child.parameters()):
             continue
         if name == "":
             raise StructureError(
@@ -285,8 +288,12 @@ def _left(module: nn.Module, seen: _Seen | None) -> dict[str, str]:
                 )
             continue
         functions = seen.uses.get(id(parameter), set()) - _HARMLESS
-        if functions:
-            left[name] = f"goes into {', '.join(sorted(functions))}, and its module is no linear layer"
+        if "dtype" in functions and type(module.get_submodule(name.rpartition(".")[0])) is nn.Linear:
+            left[name] = "its dtype is asked for, and codes would give another answer"
+        elif functions - {"dtype"}:
+            left[name] = (
+                f"goes into {', '.join(sorted(functions - {'dtype'}))}, and its module is no linear layer"
+            )
         elif id(parameter) not in seen.uses:
             left[name] = "took no part in the examples"
     return left

@@ -13,7 +13,7 @@ from .checkpoint import StreamedModel
 from .checkpoint.streamed import transposed_linears
 from .errors import SchemeError
 from .scheme import Scheme
-from .structure.sketch import sketch
+from .structure import consulted, sketch
 
 # A scheme, or None to leave a linear in float.
 _Choice = Scheme | None
@@ -61,6 +61,7 @@ def make_plan(
     explicit, notes = _explicit(linears, rules, groups)
     choices = {name: explicit.get(name, scheme) for name in linears}
     schemes = {name: choice for name, choice in choices.items() if choice is not None}
+    schemes, cast_to = _without_consulted(source, schemes)
     if not schemes:
         raise SchemeError(_nothing_left(source, transposed))
     for name in sorted(schemes):
@@ -70,8 +71,9 @@ def make_plan(
     left = [dict.fromkeys((name, *_name_in_file(source, name))) for name in every if name not in schemes]
     ignored = tuple(name for names in left for name in names) + unused_modules(source)
     return Plan(
-        schemes, ignored, _nbytes(source, linears, schemes), (*notes, *_cut_by_ranks(linears, schemes))
-    )
+        schemes, ignored, _nbytes(source, linears, schemes),
+        (*notes, *cast_to, *_cut_by_ranks(linears, schemes)),
+    )  # fmt: skip
 
 
 # A pattern, what it chooses, and the flag that it came with.
@@ -119,6 +121,18 @@ def merge_groups(source: StreamedModel) -> list[list[str]]:
                 key = (block, i, weight.module.rpartition(".")[0])
                 members.setdefault(key, []).append(f"{block}.{weight.module}")
     return [names for names in members.values() if len(names) > 1]
+
+
+def _without_consulted(
+    source: StreamedModel, schemes: Mapping[str, Scheme]
+) -> tuple[dict[str, Scheme], list[str]]:
+    """The schemes without those of linears whose weight's dtype the model asks for, and a note that names them."""
+    asked = consulted(source.model, source.blocks)
+    left = [name for name in schemes if name in asked]
+    note = (
+        f"{', '.join(left)}: left in float, as the model casts what they read to the dtype of their weights"
+    )
+    return {name: scheme for name, scheme in schemes.items() if name not in asked}, [note] if left else []
 
 
 def _require_fit(name: str, shape: tuple[int, ...], scheme: Scheme) -> None:

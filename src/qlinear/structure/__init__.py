@@ -8,7 +8,7 @@ from .experiment import Product, Trace, observe
 from .folds import Fold, InputGroup, Producer, Reader, find_groups
 from .observe import Weight, watching
 from .proof import examine, prove, proved, run_in_float32
-from .sketch import sketch
+from .sketch import consulted, sketch
 
 __all__ = [
     "Fold",
@@ -18,6 +18,7 @@ __all__ = [
     "Reader",
     "Trace",
     "Weight",
+    "consulted",
     "examine",
     "find_groups",
     "observe",

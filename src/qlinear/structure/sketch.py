@@ -4,7 +4,7 @@ Who feeds whom does not depend on what the weights are. A matrix here is one ran
 memory, so a block of any size can be sketched.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,7 +17,8 @@ from ..blocks import Lanes, batches_of
 from .folds import InputGroup, find_groups
 from .proof import examine
 
-_TOKENS = 64
+_TOKENS, _FEW = 64, 16
+_DTYPE = Tensor.dtype.__get__  # type: ignore[attr-defined]
 
 
 def sketch(model: nn.Module, blocks: Mapping[str, nn.Module], head: nn.Module) -> dict[str, list[InputGroup]]:
@@ -39,7 +40,7 @@ def sketch(model: nn.Module, blocks: Mapping[str, nn.Module], head: nn.Module) -
         Lanes(model, stops, batches) as lanes,
     ):
         while (block := lanes.at) is not None and block is not head:
-            kind = (type(block), tuple((name, p.shape) for name, p in block.named_parameters()))
+            kind = _kind(block)
             if kind not in kinds:
                 kinds[kind] = _examined(block, lanes)
             groups, outputs = kinds[kind]
@@ -47,6 +48,77 @@ def sketch(model: nn.Module, blocks: Mapping[str, nn.Module], head: nn.Module) -
             for lane, output in zip(lanes, outputs, strict=True):
                 lane.advance(output)
     return found
+
+
+def consulted(model: nn.Module, blocks: Mapping[str, nn.Module]) -> frozenset[str]:
+    """The linears whose weight a model asks for its dtype, by name: to cast their input to it, in all that are known.
+
+    In the place of float weights codes would tell it int8. model: with its parameters on meta, in any dtype. As in
+    `sketch`, what is found in the first block of a kind holds for all.
+    """
+    kind_of = {name: _kind(block) for name, block in blocks.items()}
+    first = {kind: name for name, kind in reversed(kind_of.items())}
+    with (
+        torch.no_grad(),
+        _OneColumn(),
+        random_weights(model.modules(), _repeated),
+        _Consulted(model) as seen,
+        _each_kind_once(blocks),
+    ):
+        model(torch.arange(2 * _FEW).view(2, _FEW), use_cache=False)
+    alike = [(name, first[kind]) for name, kind in kind_of.items()]
+    return frozenset(seen.names).union(
+        name + asked.removeprefix(shown)
+        for name, shown in alike
+        for asked in seen.names
+        if asked.startswith(f"{shown}.")
+    )
+
+
+@contextmanager
+def _each_kind_once(blocks: Mapping[str, nn.Module]) -> Iterator[None]:
+    """While open, a block answers what the first of its kind has answered."""
+    answers: dict[Any, Any] = {}
+
+    def once(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def answer(*args: Any, **kwargs: Any) -> Any:
+            kind = _kind(block)
+            if kind not in answers:
+                answers[kind] = forward(*args, **kwargs)
+            return answers[kind]
+
+        return answer
+
+    distinct = dict.fromkeys(blocks.values())
+    for block in distinct:
+        block.forward = once(block, block.forward)
+    try:
+        yield
+    finally:
+        for block in distinct:
+            del block.forward
+
+
+def _kind(block: nn.Module) -> Any:
+    """Equal for blocks that are built alike: of one type, whose parameters have the same names and shapes."""
+    return type(block), tuple((name, p.shape) for name, p in block.named_parameters())
+
+
+class _Consulted(TorchFunctionMode):
+    """Notes the linears whose weight's dtype is asked for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        linears = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear))
+        self._names = {id(linear.weight): name for name, linear in linears}
+        self.names: set[str] = set()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func == _DTYPE and id(args[0]) in self._names:
+            self.names.add(self._names[id(args[0])])
+        return func(*args, **(kwargs or {}))
 
 
 class _OneColumn(TorchFunctionMode):
@@ -76,18 +148,6 @@ def _outside(model: nn.Module, stops: list[nn.Module]) -> list[nn.Module]:
     return [module for module in model.modules() if id(module) not in inside]
 
 
-@contextmanager
-def random_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """While open, these modules' own parameters, where they are on meta, hold random numbers."""
-    with ExitStack() as stack:
-        for module in modules:
-            stack.callback(module._parameters.update, dict(module._parameters))
-            for name, parameter in module._parameters.items():
-                if parameter is not None and parameter.is_meta:
-                    module._parameters[name] = nn.Parameter(_random(module, parameter), requires_grad=False)
-        yield
-
-
 def _random(module: nn.Module, parameter: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(parameter.numel())
     if isinstance(module, nn.Embedding):
@@ -100,3 +160,26 @@ def _random(module: nn.Module, parameter: Tensor) -> Tensor:
     column = torch.randn((*parameter.shape[:-1], 1), generator=generator)
     matrix: Tensor = (column / parameter.shape[-1] ** 0.5).expand(parameter.shape)
     return matrix
+
+
+def _repeated(module: nn.Module, parameter: Tensor) -> Tensor:
+    """Tables of embeddings too are one column, and everything has the dtype that it will have."""
+    generator = torch.Generator().manual_seed(parameter.numel())
+    last = parameter.shape[-1] if parameter.dim() > 1 else 1
+    column = torch.randn((*parameter.shape[: parameter.dim() - 1], 1), generator=generator) / last**0.5
+    repeated: Tensor = column.to(parameter.dtype).expand(parameter.shape)
+    return repeated
+
+
+@contextmanager
+def random_weights(
+    modules: Iterable[nn.Module], make: Callable[[nn.Module, Tensor], Tensor] = _random
+) -> Iterator[None]:
+    """While open, these modules' own parameters, where they are on meta, hold random numbers."""
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module._parameters.update, dict(module._parameters))
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.is_meta:
+                    module._parameters[name] = nn.Parameter(make(module, parameter), requires_grad=False)
+        yield
