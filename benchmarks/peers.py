@@ -14,9 +14,7 @@ input of what reads it, and down_proj reads the product of up_proj's output with
 import argparse
 import json
 import shutil
-import subprocess
 import sys
-import venv
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +29,10 @@ from qlinear.inputs import calibration_ids, evaluation_ids, open_model
 from qlinear.numerics import quantize_tensor
 from qlinear.scheme import get_scheme
 
-PINNED = ("torch==2.13.0", "llmcompressor==0.14.0.1")
-SCRIPT = Path(__file__).with_name("peers") / "quantize_with_llmcompressor.py"
+sys.path.insert(0, str(Path(__file__).parent))
+from environments import LLMCOMPRESSOR, environment, run_peer
+
+SCRIPT = "quantize_with_llmcompressor.py"
 WEIGHTS = "model.safetensors"
 
 # Of each linear, the module that its smoothing was folded into.
@@ -126,40 +126,21 @@ def rows_of_llmcompressor(task: Task, python: Path) -> Iterator[Row]:
         out = task.work / folder
         return task.row(name, out, llmcompressor(task, python, model, out, *options))
 
-    groups = ("--mappings", str(accepted_groups(task, python)))
+    smooth = ("--smooth",)
+    groups = (*smooth, "--mappings", str(accepted_groups(task, python)))
     in_float32 = ("--dtype", "float32")
-    yield quantize("llmcompressor, naive", task.planted, "peer-naive", "--no-smooth")
-    yield quantize("llmcompressor", task.planted, "peer")
+    yield quantize("llmcompressor, naive", task.planted, "peer-naive")
+    yield quantize("llmcompressor", task.planted, "peer", *smooth)
     yield quantize("llmcompressor, our groups", task.planted, "peer-groups", *groups)
-    yield quantize("llmcompressor, unplanted model", task.unplanted, "peer-unplanted")
-    yield quantize("llmcompressor in float32", task.planted, "peer-f32", *in_float32)
+    yield quantize("llmcompressor, unplanted model", task.unplanted, "peer-unplanted", *smooth)
+    yield quantize("llmcompressor in float32", task.planted, "peer-f32", *smooth, *in_float32)
     yield quantize(
         "llmcompressor in float32, our groups", task.planted, "peer-groups-f32", *groups, *in_float32
     )
 
 
-def environment(folder: Path) -> Path:
-    """The Python of an environment with llmcompressor, which is made if it is missing."""
-    python = folder.absolute() / "bin" / "python"
-    if not python.exists():
-        print(f"installing {' '.join(PINNED)} into {folder}", file=sys.stderr)
-        venv.create(folder, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *PINNED], check=True)
-    return python
-
-
 def llmcompressor(task: Task, python: Path, model: Path, out: Path, *options: str) -> float:
-    """Have llmcompressor write the checkpoint `out`; the seconds it took. Raises RuntimeError with its reason."""
-    print(f"running llmcompressor for {out.name}", file=sys.stderr)
-    shutil.rmtree(out, ignore_errors=True)
-    command = [python, SCRIPT.absolute(), model, task.work / "calibration.safetensors", out, *options]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=task.work)
-    (task.work / f"{out.name}.log").write_text(done.stdout + done.stderr)
-    if done.returncode:
-        # The first of a chain of tracebacks says what went wrong before anybody wrapped it.
-        errors = (line for line in done.stderr.splitlines() if line.partition(":")[0].endswith("Error"))
-        raise RuntimeError(next(errors, done.stderr[-300:]))
-    return float(json.loads(done.stdout.splitlines()[-1])["seconds"])
+    return run_peer(python, SCRIPT, model, task.work / "calibration.safetensors", out, *options)
 
 
 def accepted_groups(task: Task, python: Path) -> Path:
@@ -167,7 +148,9 @@ def accepted_groups(task: Task, python: Path) -> Path:
     file, folds = task.work / "mappings.json", folds_of(task.work / "smoothed")
     file.write_text(json.dumps(as_mappings(folds)))
     try:
-        llmcompressor(task, python, task.planted, task.work / "peer-all-groups", "--mappings", str(file))
+        llmcompressor(
+            task, python, task.planted, task.work / "peer-all-groups", "--smooth", "--mappings", str(file)
+        )
     except RuntimeError as error:
         shapes = {name: tensor.shape for name, tensor in load_file(task.planted / WEIGHTS).items()}
         fitting = {
@@ -228,10 +211,10 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128, help="of 512 tokens of the calibration text")
     parser.add_argument("--tokens", type=int, default=16384, help="of the evaluation text")
     args = parser.parse_args()
-    python = environment(args.env)
+    python = environment(args.env, LLMCOMPRESSOR)
     task = Task.make(args.work.absolute(), args.samples, args.tokens)
     rows = [*rows_of_ours(task), *rows_of_llmcompressor(task, python)]
-    print(f"{' '.join(PINNED)}; {task.calibration.numel()} calibration tokens, alpha 0.5;")
+    print(f"{' '.join(LLMCOMPRESSOR)}; {task.calibration.numel()} calibration tokens, alpha 0.5;")
     print(f"{rows[0].cost.tokens} tokens evaluated by qlinear in float32, activations to absmax / 127;")
     print(f"the original's perplexity is {rows[0].cost.reference_perplexity:.4f}.\n")
     print_table(rows)

@@ -1,14 +1,18 @@
 """How long the main job takes, how much memory, and how that compares: with the machine, and with llmcompressor.
 
-    python benchmarks/quantize.py [--layers 22] [--smooth 0.5] [--env FOLDER] [--peer-dtype float32] [--no-peer]
+    python benchmarks/quantize.py [--layers 22] [--scheme w8a8] [--algorithm rtn] [--smooth 0.5]
+        [--env FOLDER] [--peer-dtype float32] [--no-peer]
 
-A checkpoint of the shape of a 1.1B Llama (bfloat16, random weights) is made in a temporary folder, and W8A8 with
-smoothing on 16 sequences of 512 random tokens is done to it by `qlinear quantize` and by llmcompressor, each in a
-process of its own, one after the other: seconds are from the start of the process to its end, memory is the most
-that it had resident. Both get the same token ids; the source is in the page cache for both.
+A checkpoint of the shape of a 1.1B Llama (bfloat16, random weights) is made in a temporary folder, and quantized with
+16 sequences of 512 random tokens by `qlinear quantize` and by llmcompressor, each in a process of its own, one after
+the other: seconds are from the start of the process to its end, memory is the most that it had resident. Both get the
+same token ids; the source is in the page cache for both. 4-bit GPTQ alone, in both:
 
-The least that the job can take is one forward pass over the tokens at the machine's rate for matrix products, and
-reading the source and writing the result at the rate of its disk (of its memory, where the files are cached).
+    python benchmarks/quantize.py --scheme w4a16 --algorithm gptq --smooth off --peer-dtype float32
+
+The least that the job can take is one forward pass over the tokens at the machine's rate for matrix products (two
+for GPTQ: blocks are calibrated with what the quantized blocks before them give), and reading the source and writing
+the result at the rate of its disk (of its memory, where the files are cached).
 """
 
 import argparse
@@ -31,7 +35,7 @@ from qlinear.checkpoint.streamed import compute_dtype
 from qlinear.inputs import calibration_ids, open_model
 
 sys.path.insert(0, str(Path(__file__).parent))
-from peers import PINNED, SCRIPT, environment
+from environments import LLMCOMPRESSOR, SCRIPTS, environment
 
 SAMPLES, SEQ_LEN = 16, 512
 GB = 1e9
@@ -44,6 +48,24 @@ class Run:
     name: str
     seconds: float
     peak: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """What both are asked for. smooth: alpha, or "off"; llmcompressor's is always 0.5."""
+
+    scheme: str
+    algorithm: str
+    smooth: str
+
+    @property
+    def is_smoothed(self) -> bool:
+        return self.smooth != "off"
+
+    @property
+    def passes(self) -> int:
+        """Forward passes through the blocks that the job needs."""
+        return 2 if self.algorithm == "gptq" else int(self.is_smoothed)
 
 
 @dataclass(frozen=True)
@@ -136,34 +158,41 @@ def run(name: str, command: Sequence[str | Path], folder: Path) -> Run:
     return Run(name, seconds, usage.ru_maxrss * 1024)
 
 
-def run_ours(source: Path, smooth: str) -> Run:
+def run_ours(source: Path, what: Task) -> Run:
     options = ["--calibration", "random", "--samples", str(SAMPLES), "--seq-len", str(SEQ_LEN), "--quiet"]
-    command = [sys.executable, "-m", "qlinear", "quantize", source, "ours", "--smooth", smooth, *options]
+    chosen = ["--scheme", what.scheme, "--algorithm", what.algorithm, "--smooth", what.smooth]
+    command = [sys.executable, "-m", "qlinear", "quantize", source, "ours", *chosen, *options]
     return run("qlinear", command, source.parent)
 
 
-def run_peer(source: Path, python: Path, smooth: str, dtype: str) -> Run:
+def run_theirs(source: Path, python: Path, what: Task, dtype: str) -> Run:
     ids = calibration_ids("random", open_model(source), SAMPLES, SEQ_LEN, seed=0)
     save_file({"input_ids": ids}, source.parent / "calibration.safetensors")
-    command = [python, SCRIPT.absolute(), source, "calibration.safetensors", "peer", "--dtype", dtype]
-    return run("llmcompressor", command + ["--no-smooth"] * (smooth == "off"), source.parent)
+    script = SCRIPTS / "quantize_with_llmcompressor.py"
+    chosen = ["--scheme", what.scheme.upper(), "--algorithm", what.algorithm, "--dtype", dtype]
+    command = [python, script, source, "calibration.safetensors", "peer", *chosen]
+    return run("llmcompressor", command + ["--smooth"] * what.is_smoothed, source.parent)
 
 
-def least_seconds(source: Path, out: Path, machine: Machine, dtype: torch.dtype, smooth: str) -> list[float]:
-    """Seconds of one forward pass through the blocks, of reading the source, and of writing the result."""
+def least_seconds(source: Path, out: Path, machine: Machine, dtype: torch.dtype, passes: int) -> list[float]:
+    """Seconds of the forward passes through the blocks, of reading the source, and of writing the result."""
     checkpoint = Checkpoint.open(source)
     weights = sum(
         info.nbytes // 2 for name, info in checkpoint.tensors.items() if ".layers." in name and len(info.shape) > 1
     )  # fmt: skip
-    pass_through = 0.0 if smooth == "off" else 2 * weights * SAMPLES * SEQ_LEN / machine.products[dtype]
-    return [pass_through, checkpoint.nbytes / machine.read, Checkpoint.open(out).nbytes / machine.write]
+    pass_through = 2 * weights * SAMPLES * SEQ_LEN / machine.products[dtype]
+    return [
+        passes * pass_through,
+        checkpoint.nbytes / machine.read,
+        Checkpoint.open(out).nbytes / machine.write,
+    ]
 
 
 def report(runs: Sequence[Run], least: Sequence[float], machine: Machine, dtype: torch.dtype) -> None:
     rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {d}" for d, rate in machine.products.items())
     print(f"matrix products: {rates}; the job computes in {dtype} on this processor")
     print(f"files: {machine.read / GB:.1f} GB/s read from cache, {machine.write / GB:.2f} GB/s written")
-    print(f"one pass {least[0]:.1f} s, reading {least[1]:.1f} s, writing {least[2]:.1f} s\n")
+    print(f"passes {least[0]:.1f} s, reading {least[1]:.1f} s, writing {least[2]:.1f} s\n")
     print("| | seconds | of the least | peak memory |")
     print("|---|---:|---:|---:|")
     for each in runs:
@@ -171,12 +200,14 @@ def report(runs: Sequence[Run], least: Sequence[float], machine: Machine, dtype:
             f"| {each.name} | {each.seconds:.1f} | {each.seconds / sum(least):.2f} | {each.peak / GB:.2f} GB |"
         )
     if len(runs) > 1:
-        print(f"\nqlinear is {runs[1].seconds / runs[0].seconds:.2f} times as fast as {PINNED[1]}.")
+        print(f"\nqlinear is {runs[1].seconds / runs[0].seconds:.2f} times as fast as {LLMCOMPRESSOR[1]}.")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--scheme", choices=("w8a8", "w4a16", "w4a8"), default="w8a8")
+    parser.add_argument("--algorithm", choices=("rtn", "gptq"), default="rtn")
     parser.add_argument("--smooth", default="0.5", help="alpha, or off")
     parser.add_argument("--env", type=Path, default=Path("build/peers/llmcompressor"))
     parser.add_argument(
@@ -187,17 +218,19 @@ def main() -> None:
         "--work", type=Path, help="a folder on the disk to use, not the system's temporary one"
     )
     args = parser.parse_args()
-    python = None if args.no_peer else environment(args.env)
+    python = None if args.no_peer else environment(args.env, LLMCOMPRESSOR)
+    what = Task(args.scheme, args.algorithm, args.smooth)
     with tempfile.TemporaryDirectory(dir=args.work) as work:
         source = Path(work) / "source"
         make_checkpoint(source, args.layers)
         machine, dtype = measure_machine(Path(work)), compute_dtype(torch.bfloat16)
-        runs = [run_ours(source, args.smooth)]
+        runs = [run_ours(source, what)]
         if python is not None:
-            runs.append(run_peer(source, python, args.smooth, args.peer_dtype))
-        least = least_seconds(source, Path(work) / "ours", machine, dtype, args.smooth)
+            runs.append(run_theirs(source, python, what, args.peer_dtype))
+        least = least_seconds(source, Path(work) / "ours", machine, dtype, what.passes)
         print(
-            f"{args.layers} layers, {SAMPLES} × {SEQ_LEN} tokens, W8A8, smooth {args.smooth}; {os.cpu_count()} cores"
+            f"{args.layers} layers, {SAMPLES} × {SEQ_LEN} tokens, {what.scheme} by {what.algorithm}, "
+            f"smooth {what.smooth}; {os.cpu_count()} cores"
         )
         report(runs, least, machine, dtype)
 

@@ -414,7 +414,7 @@ def test_json_is_one_object_with_the_promised_keys(run: Run, pristine: Path, tmp
     assert inspected["total_size"] == quantized["total_size"]
     data = ("--data", "random", "--seq-len", "8", "--tokens", "16")
     evaluated = json.loads(run("evaluate", out, "--reference", pristine, *data, "--json").out)
-    keys = {"perplexity", "reference_perplexity", "kl", "kl_p99", "top1_agreement", "tokens"}
+    keys = {"perplexity", "reference_perplexity", "kl", "kl_p99", "top1_agreement", "tokens", "kl_error"}
     assert evaluated.keys() >= keys
     assert evaluated["tokens"] == 14
     generated = json.loads(run("generate", out, "w5 w6", "--max-new-tokens", "3", "--json").out)

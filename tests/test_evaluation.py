@@ -44,20 +44,31 @@ def test_it_gives_what_the_whole_models_give(models: tuple[Path, Path]) -> None:
     assert found.reference_perplexity == pytest.approx(float((-q.gather(1, targets)).mean().exp()), rel=1e-5)
     assert found.kl == pytest.approx(float(kl.mean()), rel=1e-3)
     assert found.kl_p99 == pytest.approx(float(kl.sort().values[round(0.99 * len(kl)) - 1]), rel=1e-3)
+    by_sequence = kl.view(len(IDS), -1).mean(1)
+    # Log-probabilities near -4.5 are known to 5e-7 in float32; over seven tokens that does not average out.
+    assert found.sequence_kl == pytest.approx(by_sequence.tolist(), rel=1e-3, abs=5e-7)
+    assert found.kl_error == pytest.approx(float(by_sequence.std() / len(IDS) ** 0.5), rel=1e-2)
     assert found.top1_agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
 
 
 def test_a_model_does_not_differ_from_itself(models: tuple[Path, Path]) -> None:
     source, _ = models
     found = qlinear.evaluate(source, source, data=IDS)
-    assert (found.kl, found.kl_p99, found.top1_agreement) == (0.0, 0.0, 1.0)
+    assert (found.kl, found.kl_p99, found.kl_error, found.top1_agreement) == (0.0, 0.0, 0.0, 1.0)
     assert found.perplexity == found.reference_perplexity
 
 
 def test_without_a_reference_there_is_nothing_to_compare(models: tuple[Path, Path]) -> None:
     found = qlinear.evaluate(models[0], data=IDS)
     assert (found.reference_perplexity, found.kl, found.kl_p99, found.top1_agreement) == (None,) * 4
+    assert (found.kl_error, found.sequence_kl) == (None, ())
     assert math.isfinite(found.perplexity)
+
+
+def test_one_sequence_has_no_standard_error(models: tuple[Path, Path]) -> None:
+    found = qlinear.evaluate(models[1], models[0], data=IDS[:1])
+    assert found.kl_error is None
+    assert found.sequence_kl == pytest.approx((found.kl,))
 
 
 def test_text_is_read_from_its_beginning_up_to_the_tokens_asked_for(

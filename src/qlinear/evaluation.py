@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import torch
@@ -28,7 +29,9 @@ class Evaluation:
 
     perplexity, reference_perplexity: exp of the mean negative log-likelihood per token. kl, kl_p99: mean and 99th
     percentile over tokens of KL(reference || model), in nats. top1_agreement: share of tokens whose likeliest next
-    token is the same. tokens: how many were predicted. The reference's are None without one.
+    token is the same. tokens: how many were predicted. sequence_kl: the mean of each sequence, for comparing two
+    evaluations of the same text in pairs. kl_error: the standard error of `kl`, over sequences, since tokens of one
+    text go wrong together; None of a single one. The reference's are None, and sequence_kl empty, without one.
     """
 
     perplexity: float
@@ -37,6 +40,8 @@ class Evaluation:
     kl_p99: float | None
     top1_agreement: float | None
     tokens: int
+    kl_error: float | None = None
+    sequence_kl: tuple[float, ...] = ()
 
 
 def evaluate(
@@ -151,6 +156,7 @@ def _summary(scores: Sequence[Scores]) -> Evaluation:
     loss = torch.cat([s.loss for s in scores])
     reference = _joined([s.reference_loss for s in scores])
     kl, agrees = _joined([s.kl for s in scores]), _joined([s.agrees for s in scores])
+    each = tuple(float(s.kl.double().mean()) for s in scores if s.kl is not None)
     return Evaluation(
         perplexity=float(loss.double().mean().exp()),
         reference_perplexity=None if reference is None else float(reference.double().mean().exp()),
@@ -158,7 +164,14 @@ def _summary(scores: Sequence[Scores]) -> Evaluation:
         kl_p99=None if kl is None else float(kl.kthvalue(max(1, round(0.99 * len(kl)))).values),
         top1_agreement=None if agrees is None else float(agrees.double().mean()),
         tokens=len(loss),
+        kl_error=standard_error(each) if len(each) > 1 else None,
+        sequence_kl=each,
     )
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean of at least two values: their standard deviation over the root of their number."""
+    return float(stdev(values) / len(values) ** 0.5)
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:

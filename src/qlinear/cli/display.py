@@ -137,6 +137,8 @@ def show_evaluation(evaluation: Evaluation) -> None:
     )
     if evaluation.kl is not None and evaluation.kl_p99 is not None and evaluation.top1_agreement is not None:
         table.add_row("KL divergence, mean", f"{evaluation.kl:.6f}", "")
+        if evaluation.kl_error is not None:
+            table.add_row("KL divergence, standard error", f"{evaluation.kl_error:.6f}", "")
         table.add_row("KL divergence, 99th percentile", f"{evaluation.kl_p99:.6f}", "")
         table.add_row("same most likely token", f"{evaluation.top1_agreement:.2%}", "")
     table.add_row("tokens", f"{evaluation.tokens}", "")
