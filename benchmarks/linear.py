@@ -110,6 +110,34 @@ def table_of_layers(size: int, rounds: int) -> None:
         print(f"| {rows} |{figures} {overhead:.2f} | {speedup:.2f} |", flush=True)
 
 
+def table_of_four_bits(size: int, rounds: int) -> None:
+    """4-bit weights in groups of 128, multiplied as they are, beside dequantizing all of them on every call."""
+    print(f"\n4-bit weights, K = N = {size}, bfloat16 in and out, milliseconds")
+    torch.manual_seed(0)
+    linears = [nn.Linear(size, size, dtype=torch.bfloat16) for _ in range(LAYERS)]
+    single = [copy.deepcopy(linear).float() for linear in linears]
+    w4a16, w4a8 = ([QLinear.from_float(linear, scheme) for linear in linears] for scheme in ("w4a16", "w4a8"))
+    for rows in (1, 8, 64, 512):
+        x = torch.randn(rows, size, dtype=torch.bfloat16)
+        cases = {
+            "QLinear w4a16": on(x, w4a16),
+            "QLinear w4a8": on(x, w4a8),
+            "dequantized": on(x, [layer._forward_plain for layer in w4a16]),
+            "bf16 F.linear": on(x, linears),
+            "fp32 F.linear": on(x.float(), single),
+        }
+        taken = measure(cases, max(3, rounds // 4))
+        if rows == 1:
+            ratios = ("dequantized", "bf16 F.linear", "fp32 F.linear")
+            print(
+                "| M |" + "".join(f" {name} |" for name in taken) + "".join(f" {r} ÷ w4a16 |" for r in ratios)
+            )
+            print("|---" * (len(taken) + len(ratios) + 1) + "|")
+        figures = [f" {milliseconds:.2f} |" for milliseconds in taken.values()]
+        figures += [f" {taken[name] / taken['QLinear w4a16']:.2f} |" for name in ratios]
+        print(f"| {rows} |" + "".join(figures), flush=True)
+
+
 def table_of_norms(size: int, rounds: int) -> None:
     """A norm, its quantization and the layer: apart, and as codes that pass from one to the next."""
     print(f"\nRMS norm and layer, K = N = {size}, bfloat16, milliseconds")
@@ -164,7 +192,7 @@ def main() -> None:
     )
     print(f"oneDNN's int8 product is {'exact' if cpu.is_exact() else 'not exact, so unused'} here")
     with torch.inference_mode():
-        for table in (table_of_layers, table_of_norms, table_of_packing):
+        for table in (table_of_layers, table_of_four_bits, table_of_norms, table_of_packing):
             table(arguments.size, arguments.rounds)
 
 

@@ -214,10 +214,11 @@ def samples(kernel: str) -> tuple[object, ...]:
         "static_linear": (x, weight, scale, None, bias, torch.tensor([0.1]), zero),
         "codes_linear": (*on_codes, torch.bfloat16),
         "requantized_linear": (*on_codes, torch.tensor([0.5]), zero),
+        "weight_only_linear": (x, weight, scale, None, torch.rand(16) + 0.5, bias, 8),
     }[kernel]
 
 
-KERNELS = ["dynamic_linear", "static_linear", "codes_linear", "requantized_linear"]
+KERNELS = ["dynamic_linear", "static_linear", "codes_linear", "requantized_linear", "weight_only_linear"]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

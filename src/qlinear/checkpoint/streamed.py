@@ -9,6 +9,7 @@ from torch import nn
 
 from ..blocks import Lanes, find_blocks
 from ..nn import QLinear
+from ..ops.weight_only import multiplies_in
 from ..scheme import Scheme
 from .conversion import NameMap
 from .dense import DenseView
@@ -193,12 +194,7 @@ def _replace_transposed(model: nn.Module, schemes: Mapping[str, Scheme]) -> None
 
 def compute_dtype(stored: torch.dtype) -> torch.dtype:
     """The stored dtype where the processor multiplies in it, else float32."""
-    has = torch.cpu.get_capabilities()
-    native = {
-        torch.bfloat16: has.get("amx_bf16") or has.get("avx512_bf16") or has.get("bf16"),
-        torch.float16: has.get("amx_fp16") or has.get("fp16"),
-    }
-    return stored if torch.cuda.is_available() or native.get(stored) else torch.float32
+    return stored if torch.cuda.is_available() or multiplies_in(stored) else torch.float32
 
 
 def _placeholder(layer: nn.Module) -> nn.Linear:

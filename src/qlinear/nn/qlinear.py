@@ -1,9 +1,10 @@
 """`QLinear`: what stands where `torch.nn.Linear` stood.
 
 The module holds codes and scales as buffers under the names that a checkpoint has, and its forward is one call.
-Int8 weights with int8 activations go to the integer operators in `ops`; every other scheme takes the plain way
-(dequantize, multiply), so a new format is right before it has a kernel. What a kernel derives from the codes
-(oneDNN's packed layout) is no part of the module's state: `ops` makes it again when the codes change.
+Int8 weights with int8 activations go to the integer operators in `ops`; other weights with scales by rows or groups to
+the one that dequantizes on the way into the product, or multiplies 4-bit codes as they are; any other scheme goes the
+plain way, so a new format is right before it has a kernel. What a kernel derives from the codes (a packed layout) is no
+part of the module's state: `ops` makes it again when the codes change.
 """
 
 from collections.abc import Callable, Mapping
@@ -54,6 +55,14 @@ def has_integer_kernel(scheme: Scheme) -> bool:
     )
 
 
+def has_weight_only_kernel(scheme: Scheme) -> bool:
+    """Whether W has scales by rows or groups, and the input is float, or codes with one scale per token or in all."""
+    weight, activation = scheme.weight, scheme.activation
+    return weight.granularity in ("channel", "group") and (
+        activation is None or activation.granularity == ("token" if activation.dynamic else "tensor")
+    )
+
+
 class QLinear(nn.Module):
     """A linear layer with quantized weights, y = x Wᵀ + b, called as `torch.nn.Linear` is.
 
@@ -95,6 +104,7 @@ class QLinear(nn.Module):
         self.scheme = get_scheme(scheme)
         self._dtype = dtype or torch.get_default_dtype()
         self._is_integer = has_integer_kernel(self.scheme)
+        self._is_weight_only = not self._is_integer and has_weight_only_kernel(self.scheme)
         self._make_buffers(bias, torch.device(device) if device is not None else torch.get_default_device())
         self.reset_parameters()
 
@@ -241,11 +251,36 @@ class QLinear(nn.Module):
         if isinstance(input, tuple):
             return self._forward_codes(*input)
         self._check(input)
-        if not self._is_integer:
+        if not (self._is_integer or self._is_weight_only):
             return self._forward_plain(input)
         if input.requires_grad and torch.is_grad_enabled():
             return _StraightThrough.apply(input, self)  # type: ignore[no-untyped-call,no-any-return]
-        return self._forward_integer(input)
+        return self._forward_kernel(input)
+
+    def _forward_kernel(self, x: Tensor) -> Tensor:
+        if self._is_integer:
+            return self._forward_integer(x)
+        if self.scheme.activation is None:
+            return self._weight_only(x, self.migration_scale, self.bias)
+        return self._forward_codes_weight_only(x, self.scheme.activation)
+
+    def _weight_only(self, x: Tensor, migration_scale: Tensor | None, bias: Tensor | None) -> Tensor:
+        weight = self.weight, self.weight_scale, self.weight_zero_point
+        return ops.weight_only_linear(x, *weight, migration_scale, bias, self.scheme.weight.bits)
+
+    def _forward_codes_weight_only(self, x: Tensor, activation: TensorFormat) -> Tensor:
+        """The product with the input's codes as numbers; then their scale, and the bias."""
+        migrated = x.float() if self.migration_scale is None else x.float() / self.migration_scale
+        scale, zero_point = self.input_scale, self.input_zero_point
+        if scale is None:
+            scale, zero_point = choose_qparams(migrated, activation)
+        codes = quantize(migrated, scale, zero_point, activation).float()
+        if zero_point is not None:
+            codes -= zero_point.float()
+        # bfloat16 holds the difference of two bytes exactly, and torch's 4-bit product takes nothing else.
+        half = x.dtype == torch.bfloat16 and self.scheme.weight.bits == 4
+        y = self._weight_only(codes.bfloat16() if half else codes, None, None).float() * scale
+        return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
 
     def _forward_integer(self, x: Tensor) -> Tensor:
         layer = (x, self.weight, self.weight_scale, self.migration_scale, self.bias)
@@ -382,13 +417,13 @@ class QLinear(nn.Module):
 
 
 class _StraightThrough(torch.autograd.Function):
-    """An integer layer forward, the float layer that it stands for backward."""
+    """A layer's kernel forward, the float layer that it stands for backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QLinear) -> Tensor:
         """y (*, out) of x (*, in)."""
         ctx.layer, ctx.dtype = layer, x.dtype
-        return layer._forward_integer(x)
+        return layer._forward_kernel(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -1,7 +1,8 @@
 """The operators of the quantized linear layer: one schema each, a kernel per device, chosen by the dispatcher.
 
-Any device has the reference; CPUs have oneDNN. The schemas and fakes below are what torch.compile, torch.export
-and torch.jit.trace see, so a whole layer is one node in their graphs. `reference` says what the arguments are.
+Any device has the reference; CPUs have oneDNN, and as CUDA devices torch's 4-bit product. The schemas and fakes below
+are what torch.compile, torch.export and torch.jit.trace see, so a whole layer is one node in their graphs. `reference`
+says what the arguments are.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu, producers, reference
+from . import cpu, producers, reference, weight_only
 from .reference import quantize_static
 
 _LIBRARY = torch.library.Library("qlinear", "DEF")  # type: ignore[no-untyped-call]
@@ -73,6 +74,13 @@ requantized_linear: Callable[..., Tensor] = _register(
     reference.requantized_linear,
     _like_codes,
 )
+weight_only_linear: Callable[..., Tensor] = _register(
+    "weight_only_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, "
+    "Tensor? migration_scale, Tensor? bias, int bits) -> Tensor",
+    weight_only.weight_only_linear,
+    weight_only.weight_only_linear,
+    _like_input,
+)
 _Pair = tuple[Tensor, Tensor]
 quantize_tokens: Callable[..., _Pair] = _register(
     "quantize_tokens(Tensor x, Tensor? migration_scale) -> (Tensor, Tensor)",
@@ -118,4 +126,5 @@ __all__ = [
     "rms_norm_quantize",
     "silu_mul_quantize",
     "static_linear",
+    "weight_only_linear",
 ]

@@ -9,7 +9,6 @@ Where the product is missing or inexact (x86 without VNNI saturates in silence),
 """
 
 import functools
-import weakref
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from ..numerics import scale_from_absmax
 from . import reference
+from .memory import Memory
 
 # Float32 elements that the caches of two cores hold while a few passes are made over them. Temporaries of this
 # size come back from malloc still warm, so nothing is gained by managing buffers here.
@@ -35,16 +35,7 @@ _ROUNDING_TO_128 = torch.tensor(
 _MAX_IN = 2**31 // (255 * 128)
 
 
-class _Packed(NamedTuple):
-    owner: weakref.ref[Tensor]
-    version: int
-    address: int
-    weight: Tensor
-
-
-# What packing gave, by the id of the tensor that holds the codes. An entry goes when its tensor does, and counts
-# only as long as the tensor has neither been written to nor moved.
-_packed: dict[int, _Packed] = {}
+_packed = Memory()
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -55,14 +46,7 @@ def pack(weight: Tensor) -> Tensor:
 
 def packed_once(weight: Tensor) -> Tensor:
     """`pack(weight)`, remembered for as long as the tensor lives unchanged."""
-    # Inference tensors count no versions: those that were packed must not be written to.
-    version = -1 if weight.is_inference() else weight._version
-    key, address = id(weight), weight.data_ptr()
-    entry = _packed.get(key)
-    if entry is None or (entry.version, entry.address) != (version, address) or entry.owner() is not weight:
-        owner = weakref.ref(weight, lambda _: _packed.pop(key, None))
-        entry = _packed[key] = _Packed(owner, version, address, pack(weight))
-    return entry.weight
+    return _packed.get(lambda: pack(weight), weight)
 
 
 def _product(codes: Tensor, zero_point: int, packed: Tensor, weight_scale: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""The integer linear layer in plain torch: the definition that every other kernel is tested against.
+"""The quantized linear layer in plain torch: the definition that every other kernel is tested against.
 
-The order of the float operations is part of the definition, because kernels have to be equal to it bit for bit:
+Where codes meet codes the order of the float operations is part of the definition, because kernels have to be equal to
+it bit for bit:
 
     acc = Σ_k (xq - x_zp) * wq                       int32, exact
     y   = ((float32(acc) * weight_scale) * x_scale) + bias      float32, then one cast to the output dtype
@@ -13,6 +14,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..numerics import choose_qparams, quantize
 from ..scheme import TensorFormat
@@ -140,3 +142,32 @@ def static_linear(
     """The whole layer with one calibrated input scale (1,): quantize x (*, in), then `codes_linear`."""
     codes = quantize_static(x, migration_scale, input_scale, input_zero_point)
     return codes_linear(codes, input_scale, input_zero_point, weight, weight_scale, None, bias, x.dtype)
+
+
+def dequantized(weight: Tensor, weight_scale: Tensor, weight_zero_point: Tensor | None) -> Tensor:
+    """(weight - zero point) * scale (out, in) in float32; a scale, and a zero point, of each row's equal parts."""
+    values, parts = weight.float(), weight_scale.shape[-1]
+    tiles = values.view(len(values), parts, values.shape[1] // parts)
+    if weight_zero_point is not None:
+        tiles -= weight_zero_point.reshape(-1, parts, 1)
+    tiles *= weight_scale.reshape(-1, parts, 1)
+    return values
+
+
+def weight_only_linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    migration_scale: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+) -> Tensor:
+    """The layer on floats x (*, in), in their dtype: divided by any migration scale, times W.
+
+    weight: codes (out, in) of `bits` bits, in any storage dtype. weight_scale, weight_zero_point: (out, parts), one of
+    each of the equal parts of a row. bias: (out,).
+    """
+    migrated = x if migration_scale is None else migrate(x, migration_scale).to(x.dtype)
+    matrix = dequantized(weight, weight_scale, weight_zero_point).to(x.dtype)
+    return F.linear(migrated, matrix, None if bias is None else bias.to(x.dtype))
