@@ -18,8 +18,8 @@ from .sweep import CLASSES, TOKENS
 
 DENSE = ["Llama", "Qwen3", "Gemma3Text", "Phi3", "Cohere", "Olmo2", "OPT", "GPTNeoX", "StableLm", "Mamba2"]
 MIXTURES = ["Qwen3Moe", "DeepseekV3"]
-# Attention with an indexer, whose code casts to the dtype of a linear's weight.
-CASTING = ["DeepseekV32", "GlmMoeDsa", "HYV4", "AXK2", "Dots3NoteText"]
+# Attention with an indexer, whose code casts to the dtype of a linear's weight; and one that rescales some.
+CONSULTING = ["DeepseekV32", "GlmMoeDsa", "HYV4", "AXK2", "Dots3NoteText", "Rwkv"]
 
 
 def written(name: str, folder: Path, layout: str) -> Path:
@@ -68,9 +68,9 @@ def test_plain_transformers_loads_what_dense_models_become(name: str, tmp_path: 
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("name", CASTING)
+@pytest.mark.parametrize("name", CONSULTING)
 @pytest.mark.parametrize("smooth", [0.5, "off"])
-def test_models_that_cast_to_a_weights_dtype_run_when_loaded(
+def test_models_that_need_a_weight_as_floats_run_when_loaded(
     name: str, smooth: float | str, tmp_path: Path
 ) -> None:
     model = small_model(CLASSES[name])

@@ -322,3 +322,40 @@ def test_experiments_leave_the_block_as_it_was() -> None:
     before = {name: p.clone() for name, p in block.named_parameters()}
     folds_of(block)
     assert all(torch.equal(p, before[name]) for name, p in block.named_parameters())
+
+
+class Einsums(Block):
+    """Raw parameters multiplied by einsum: as linear layers, stored either way, and as what none is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.gate, self.up, self.down
+        self.gate, self.up = (
+            nn.Parameter(torch.randn(WIDTH, 48) / 6),
+            nn.Parameter(torch.randn(48, WIDTH) / 6),
+        )
+        self.down, self.heads = (
+            nn.Parameter(torch.randn(WIDTH, 48) / 7),
+            nn.Parameter(torch.randn(WIDTH, HEADS, HEAD)),
+        )
+
+    def forward(self, x: Tensor, shared: dict[str, Tensor] | None = None) -> Tensor:
+        x = x + self.attention(self.norm1(x), shared)
+        h = self.norm2(x)
+        gate, up = torch.einsum("btc,ch->bth", h, self.gate), torch.einsum("...c, hc -> ...h", h, self.up)
+        y = torch.einsum("ch,bth->btc", self.down, F.silu(gate) * up)
+        return x + y + torch.einsum("btc,cnd->btnd", h, self.heads).flatten(2)
+
+
+def test_an_einsum_that_is_a_linear_layer_is_one_and_any_other_is_named() -> None:
+    block = perturbed(Einsums())
+    trace, _, folds = folds_of(block)
+    read = {w.name: w for group in find_groups(trace, folds) for w in group.weights}
+    assert {name: read[name].transposed for name in ("gate", "up", "down")} == {
+        "gate": True,
+        "up": False,
+        "down": False,
+    }
+    assert trace.unread == {"heads"}
+    assert "norm2" not in {fold.producer.name for fold in folds}, "heads read it too"
+    assert next(f for f in folds if f.producer.weight == read["up"]).readers[0].weight == read["down"]

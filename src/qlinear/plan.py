@@ -126,12 +126,11 @@ def merge_groups(source: StreamedModel) -> list[list[str]]:
 def _without_consulted(
     source: StreamedModel, schemes: Mapping[str, Scheme]
 ) -> tuple[dict[str, Scheme], list[str]]:
-    """The schemes without those of linears whose weight's dtype the model asks for, and a note that names them."""
-    asked = consulted(source.model, source.blocks)
+    """The schemes without those of linears whose weights the model needs as floats, and a note that names them."""
+    twin = StreamedModel(source.checkpoint, source.dtype, source.trust_remote_code)
+    asked = consulted(twin.model, twin.blocks)
     left = [name for name in schemes if name in asked]
-    note = (
-        f"{', '.join(left)}: left in float, as the model casts what they read to the dtype of their weights"
-    )
+    note = f"{', '.join(left)}: left in float, as the model asks for the dtype of their weights, or rescales them"
     return {name: scheme for name, scheme in schemes.items() if name not in asked}, [note] if left else []
 
 

@@ -22,7 +22,7 @@ from ..checkpoint.statistics import Statistics
 from ..errors import StructureError
 from ..structure import Fold, examine, find_groups
 from .journal import Journal
-from .recipe import Findings, Layer, Progress, Recipe, joined
+from .recipe import Findings, Layer, Progress, Recipe, joined, unseen
 from .refusal import require_finite_block
 from .rounding import Rounded
 from .simulate import simulated
@@ -139,6 +139,7 @@ class Job:
         for unsmoothed in smooth_block(found, self.recipe):
             names = ", ".join(joined(found.name, weight.module) for weight in unsmoothed)
             self.warnings.append(f"{names}: nothing can take the smoothing, left unsmoothed")
+        self.warnings.extend(unseen(found, trace, self.recipe))
         rounded = self._write(found)
         smoothed.step()
         if self.recipe.propagate:

@@ -1,6 +1,6 @@
 """What is to be done to a model's linears, what was found of a block, and what became of each linear."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,7 +13,7 @@ from ..checkpoint.layout import Layout
 from ..checkpoint.layouts import Keep
 from ..scheme import Scheme
 from ..smooth import Smoothing
-from ..structure import InputGroup, Weight
+from ..structure import InputGroup, Trace, Weight
 
 Progress = Callable[[str, int, int], None]
 Migration = Literal["folded", "kept", "none"]
@@ -114,6 +114,22 @@ class Findings:
             read = weight if stats is None else id(stats)
             groups.setdefault((weight.module.rpartition(".")[0], read), []).append(weight)
         return list(groups.values())
+
+
+def unseen(found: Findings, trace: Trace, recipe: Recipe) -> Iterator[str]:
+    """What a user should know of weights that calibration did not see, or could not make anything of."""
+    unread = sorted(trace.unread - {product.weight.name for product in trace.products})
+    if unread:
+        names = ", ".join(joined(found.name, name) for name in unread)
+        yield f"{names}: multiply otherwise than linear layers do, left as they are"
+    chosen = [weight for weight in found.weights() if found.full_name(weight) in recipe.schemes]
+    idle = [
+        found.full_name(weight) + ("" if weight.index is None else f"[{weight.index}]")
+        for weight in chosen
+        if weight not in found.stats
+    ]
+    if idle:
+        yield f"{', '.join(idle)}: no calibration token reached them, rounded by what their weights are alone"
 
 
 def joined(prefix: str, name: str) -> str:

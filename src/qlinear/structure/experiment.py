@@ -42,13 +42,14 @@ class Product:
 class Trace:
     """A block's run: its products in order, what it returned, and what left it another way.
 
-    outputs: what each product gave, in order, to replay it.
+    outputs: what each product gave, in order, to replay it. unread: as `Watch` has it.
     """
 
     products: list[Product] = field(default_factory=list)
     returned: list[Tensor] = field(default_factory=list)
     escaped: list[Tensor] = field(default_factory=list)
     outputs: list[tuple[Weight, Tensor]] = field(default_factory=list)
+    unread: frozenset[str] = frozenset()
 
 
 Scales = Mapping[Weight, Tensor]
@@ -73,7 +74,7 @@ def observe(
     with torch.no_grad(), watch:
         returned = forward(*args, **kwargs)
     trace = watch.trace
-    trace.returned = _tensors(returned)
+    trace.returned, trace.unread = _tensors(returned), frozenset(watch.unread)
     known = {id(t) for t in [*trace.returned, *_tensors((args, kwargs))]} | watch.views
     alive = {id(t): t for ref in watch.made if (t := ref()) is not None}
     del returned

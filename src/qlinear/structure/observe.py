@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 # torch's products: by where the weight stands among their arguments, and its layout there.
 _LINEAR = {F.linear}
@@ -20,6 +21,8 @@ _MATMUL = {
     torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__,
 }  # fmt: skip
 _BIAS_FIRST = {torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.baddbmm}
+# Products too, of which some are no more than a linear layer, and others more.
+_OTHERS = {torch.einsum, torch.tensordot, torch.inner, Tensor.inner, F.bilinear}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +71,17 @@ class Operands:
 
 
 class Watch(TorchFunctionMode):
-    """Reports each product to `on_product(weight, x, y, bias)`."""
+    """Reports each product to `on_product(weight, x, y, bias)`.
+
+    unread: names of the parameters that multiply in a way which is not that of a linear layer, and are not reported.
+    """
 
     def __init__(
         self, block: nn.Module, on_product: Callable[[Weight, Tensor, Tensor, str | None], None]
     ) -> None:
         super().__init__()
         self._on_product = on_product
+        self.unread: set[str] = set()
         self._names = {id(p): name for name, p in block.named_parameters()}
         self._parameters = {name: p for name, p in block.named_parameters() if p.dim() in (2, 3)}
         # What a parameter was turned into by functions of it alone (views, slices, casts): id -> (tensor, as a weight).
@@ -89,6 +96,9 @@ class Watch(TorchFunctionMode):
         found = self._operands(func, args, kwargs)
         if found is not None:
             return self._product(func, args, kwargs, found, self._weights(found))
+        if func in _MATMUL | _BIAS_FIRST | _OTHERS:
+            factors = (t for t in tree_leaves((args, kwargs)) if id(t) in self._derived and t.dim() > 1)
+            self.unread |= {self._derived[id(factor)][1].name for factor in factors}
         out = self._other(func, args, kwargs)
         if isinstance(out, Tensor):
             self._derive(func, out, args)
@@ -154,6 +164,20 @@ def _readings(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Itera
         yield Operands(args[1], args[0], left=True, out_in=True)
     elif func in _BIAS_FIRST and len(args) > 2:
         yield Operands(args[1], args[2], args[0])
+    elif func is torch.einsum and len(args) == 3 and isinstance(args[0], str):
+        for x, matrix in ((1, 2), (2, 1)):
+            out_in = _as_linear(args[0], x, matrix)
+            if out_in is not None:
+                yield Operands(args[x], args[matrix], out_in=out_in)
+
+
+def _as_linear(equation: str, x: int, matrix: int) -> bool | None:
+    """Whether an einsum is x times a matrix stored (out, in), as "bti,oi->bto" is, or (in, out); None if neither."""
+    inputs, _, out = equation.replace(" ", "").partition("->")
+    names = ["", *inputs.split(",")]
+    tokens, ends = names[x][:-1], {names[x][-1:] + out[-1:]: False, out[-1:] + names[x][-1:]: True}
+    known = out[:-1] == tokens and not set(names[matrix]) & set(tokens) and len(set(names[matrix])) == 2
+    return ends.get(names[matrix]) if known else None
 
 
 @contextmanager

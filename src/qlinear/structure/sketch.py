@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from ..blocks import Lanes, batches_of
 from .folds import InputGroup, find_groups
@@ -19,6 +20,8 @@ from .proof import examine
 
 _TOKENS, _FEW = 64, 16
 _DTYPE = Tensor.dtype.__get__  # type: ignore[attr-defined]
+# What a model may do to its weights as it runs; a repeated column cannot be written to.
+_RESCALING = {Tensor.div_, Tensor.mul_}
 
 
 def sketch(model: nn.Module, blocks: Mapping[str, nn.Module], head: nn.Module) -> dict[str, list[InputGroup]]:
@@ -51,10 +54,11 @@ def sketch(model: nn.Module, blocks: Mapping[str, nn.Module], head: nn.Module) -
 
 
 def consulted(model: nn.Module, blocks: Mapping[str, nn.Module]) -> frozenset[str]:
-    """The linears whose weight a model asks for its dtype, by name: to cast their input to it, in all that are known.
+    """The linears whose weight a model needs as floats, by name.
 
-    In the place of float weights codes would tell it int8. model: with its parameters on meta, in any dtype. As in
-    `sketch`, what is found in the first block of a kind holds for all.
+    Either it asks for the weight's dtype, to cast an input to it, and codes would tell it int8; or it rescales the
+    weight as it runs, as RWKV does. model: with its parameters on meta, in any dtype; what its forward changes in it
+    stays changed. As in `sketch`, what is found in the first block of a kind holds for all.
     """
     kind_of = {name: _kind(block) for name, block in blocks.items()}
     first = {kind: name for name, kind in reversed(kind_of.items())}
@@ -77,15 +81,15 @@ def consulted(model: nn.Module, blocks: Mapping[str, nn.Module]) -> frozenset[st
 
 @contextmanager
 def _each_kind_once(blocks: Mapping[str, nn.Module]) -> Iterator[None]:
-    """While open, a block answers what the first of its kind has answered."""
+    """While open, a block answers what the first of its kind has answered to arguments of the same shapes."""
     answers: dict[Any, Any] = {}
 
     def once(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def answer(*args: Any, **kwargs: Any) -> Any:
-            kind = _kind(block)
-            if kind not in answers:
-                answers[kind] = forward(*args, **kwargs)
-            return answers[kind]
+            call = _kind(block), *(t.shape for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+            if call not in answers:
+                answers[call] = forward(*args, **kwargs)
+            return answers[call]
 
         return answer
 
@@ -105,7 +109,7 @@ def _kind(block: nn.Module) -> Any:
 
 
 class _Consulted(TorchFunctionMode):
-    """Notes the linears whose weight's dtype is asked for."""
+    """Notes the linears whose weight's dtype is asked for, or which are rescaled."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -116,9 +120,10 @@ class _Consulted(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func == _DTYPE and id(args[0]) in self._names:
+        rescales = func in _RESCALING and args[0].dim() > 1 and args[0].stride(-1) == 0
+        if (rescales or func == _DTYPE) and id(args[0]) in self._names:
             self.names.add(self._names[id(args[0])])
-        return func(*args, **(kwargs or {}))
+        return args[0] if rescales else func(*args, **(kwargs or {}))
 
 
 class _OneColumn(TorchFunctionMode):
