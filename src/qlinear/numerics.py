@@ -119,6 +119,16 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: Ten
     return x.mul_(per_element(scale, fmt, codes.shape))
 
 
+def nearest_values(x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: TensorFormat) -> Tensor:
+    """`dequantize` of `quantize`, of x (..., columns) float32 with scales (..., 1): for searches, which keep no codes."""
+    if fmt.is_float:
+        return dequantize(quantize(x, scale, zero_point, fmt), scale, zero_point, fmt)
+    values = (x / scale).round_()
+    if zero_point is None:
+        return values.clamp_(*fmt.code_range).mul_(scale)
+    return values.add_(zero_point).clamp_(*fmt.code_range).sub_(zero_point).mul_(scale)
+
+
 @dataclass(frozen=True, slots=True)
 class QuantizedTensor:
     """Codes with what is needed to read them: what every algorithm returns and every layout writes.

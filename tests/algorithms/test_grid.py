@@ -1,12 +1,14 @@
 """The search of scales: no tile is ever worse off, on the very objective that is searched."""
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from qlinear.algorithms.grid import least_error_qparams
-from qlinear.numerics import choose_qparams, dequantize, quantize
+from qlinear.numerics import choose_qparams, dequantize, nearest_values, quantize
 from qlinear.scheme import SCHEMES, TensorFormat
 
 FORMATS = st.sampled_from(
@@ -53,6 +55,17 @@ def test_no_scale_costs_more_than_round_to_nearest(
     assert found[0].shape == nearest[0].shape
     assert torch.equal(found[0], found[0].to(scale_dtype).float())
     assert (found[1] is None) == fmt.symmetric
+
+
+@given(x=weights(), fmt=FORMATS)
+def test_values_without_codes_are_those_that_codes_stand_for(x: Tensor, fmt: TensorFormat) -> None:
+    tiles = x.view(len(x), -1, 16)
+    rows = replace(fmt, granularity="channel", group_size=None, block_size=None)
+    scale, zero_point = choose_qparams(tiles, rows)
+    codes = quantize(tiles, scale, zero_point, rows)
+    assert torch.equal(
+        nearest_values(tiles, scale, zero_point, rows), dequantize(codes, scale, zero_point, rows)
+    )
 
 
 def test_gaussian_weights_of_four_bits_lose_a_tenth_less() -> None:

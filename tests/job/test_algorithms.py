@@ -82,6 +82,18 @@ def test_the_search_is_reported(source: Path, tmp_path: Path) -> None:
     assert told["settings"]["smooth"] == "auto"
 
 
+@pytest.mark.parametrize(
+    "options", [{"algorithm": "gptq"}, {"algorithm": "awq"}, {"smooth": "auto", "algorithm": "gptq"}], ids=str
+)
+def test_the_same_seed_gives_the_same_bytes(source: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    drawn = {"calibration": "random", "samples": 4, "seq_len": 30}
+    for name, seed in {"a": 0, "b": 0, "c": 1}.items():
+        qlinear.quantize(source, tmp_path / name, scheme=W4, seed=seed, **drawn, **options)
+    a, b, c = (contents(tmp_path / name) for name in "abc")
+    assert a == b
+    assert a["model.safetensors"] != c["model.safetensors"]
+
+
 def test_no_layer_of_gptq_is_worse_than_rounded_to_nearest(source: Path, tmp_path: Path) -> None:
     result = qlinear.quantize(source, tmp_path / "out", scheme=W4, algorithm="gptq", calibration=IDS)
     assert all(layer.error < 1.02 * layer.rtn_error for layer in result.layers)

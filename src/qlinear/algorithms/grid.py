@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..numerics import choose_qparams, dequantize, qparams_from_range, quantize
+from ..numerics import choose_qparams, nearest_values, qparams_from_range
 from ..scheme import TensorFormat
 
 # int4's absmax / 7.5 has no code for the largest weight itself: absmax / 7 gives it 7, absmax / 8 gives it -8.
@@ -53,8 +53,8 @@ def least_error_qparams(
 
 
 def _tiles(rows: Tensor, columns: int) -> Tensor:
-    """Rows (n, in) by tile: (in / columns, n, columns)."""
-    return rows.reshape(len(rows), -1, columns).transpose(0, 1)
+    """Rows (n, in) by tile: (in / columns, n, columns), each tile's rows together."""
+    return rows.reshape(len(rows), -1, columns).transpose(0, 1).contiguous()
 
 
 def _joined(parts: list[Tensor], shape: tuple[int, ...]) -> Tensor:
@@ -63,21 +63,22 @@ def _joined(parts: list[Tensor], shape: tuple[int, ...]) -> Tensor:
 
 
 def _error(off: Tensor, h: Tensor) -> Tensor:
-    """Weighted squared error (tiles, n, 1) of off (tiles, n, columns), h as (tiles, 1, columns) or moments."""
-    weighted = off * h if h.shape[1] == 1 else off @ h
-    return weighted.mul_(off).sum(2, keepdim=True)
+    """Weighted squared error (tiles, n, 1) of off (tiles, n, columns), overwritten; h: see `_search`."""
+    if h.shape[1] == 1:
+        return off.square_().mul_(h).sum(2, keepdim=True)
+    return (off @ h).mul_(off).sum(2, keepdim=True)
 
 
 def _search(
     tiles: Tensor, h: Tensor, fmt: TensorFormat, scale_dtype: torch.dtype, ratios: tuple[float, ...]
 ) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point (in / columns, n, 1) of tiles (in / columns, n, columns)."""
+    """Scale and zero point (in / columns, n, 1) of tiles (in / columns, n, columns); h (·, 1, columns) or moments."""
     fmt = replace(fmt, granularity="channel", group_size=None)
     low, high = tiles.amin(2, keepdim=True), tiles.amax(2, keepdim=True)
     best, scale, zero_point = None, low, None
     for ratio in ratios:
         new_scale, new_zero = qparams_from_range(low * ratio, high * ratio, fmt, scale_dtype)
-        off = dequantize(quantize(tiles, new_scale, new_zero, fmt), new_scale, new_zero, fmt).sub_(tiles)
+        off = nearest_values(tiles, new_scale, new_zero, fmt).sub_(tiles)
         error = _error(off, h)
         if best is None:
             best, scale, zero_point = error, new_scale, new_zero

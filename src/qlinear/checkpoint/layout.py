@@ -26,7 +26,7 @@ class QuantizedLinear:
     """What a file holds of a quantized linear layer, whatever the layout; its bias stays as the source has it.
 
     scheme: the formats of weight and input. weight: codes (out, in), scale, zero point.
-    scale_dtype: what the weight's scales are stored in: float32, or the model's dtype for 4-bit weights.
+    scale_dtype: what the weight's scales are stored in, and were rounded to: see the function of that name.
     input_scale, input_zero_point: (1,) float32, for static activations only.
     migration_scale: (in,) float32, what the input is divided by, where it is not folded.
     """
@@ -60,12 +60,17 @@ class Layout(Protocol):
         """The linear `name` from tensors by their full names. Raises CheckpointError if one is missing."""
 
 
+def scale_dtype(scheme: Scheme, stored: torch.dtype) -> torch.dtype:
+    """What the scales of a weight of a stored dtype are stored in: engines hold those of 4-bit weights as that."""
+    return stored if scheme.weight.bits == 4 else torch.float32
+
+
 def packed_bytes(
     layout: Layout, scheme: Scheme, shape: Sequence[int], stored: torch.dtype, keeps_vector: bool = False
 ) -> int:
     """What a weight (out, in), or all of a stack (experts, out, in), will take in a file; nothing is computed for it.
 
-    stored: the dtype of the float weight, which 4-bit scales have too. keeps_vector: with a migration scale. Raises
+    stored: the dtype of the float weight. keeps_vector: with a migration scale. Raises
     SchemeError where the layout cannot hold the scheme.
     """
     fmt, activation, meta = scheme.weight, scheme.activation, torch.device("meta")
@@ -75,7 +80,7 @@ def packed_bytes(
     held = QuantizedLinear(
         scheme,
         QuantizedTensor(codes, scale, None if fmt.symmetric else scale, fmt),
-        stored if fmt.bits == 4 else torch.float32,
+        scale_dtype(scheme, stored),
         input_scale=one if scheme.is_static else None,
         input_zero_point=one if scheme.is_static and activation and not activation.symmetric else None,
         migration_scale=torch.empty(matrix[-1], device=meta) if keeps_vector else None,

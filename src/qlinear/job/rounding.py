@@ -9,7 +9,7 @@ from torch import Tensor
 from ..algorithms import clip, factorize, gptq, round_to_nearest
 from ..algorithms.group import Group
 from ..calibrate import InputStats
-from ..checkpoint.layout import QuantizedLinear
+from ..checkpoint.layout import QuantizedLinear, scale_dtype
 from ..numerics import QuantizedTensor, dequantize, qparams_from_range
 from ..scheme import Scheme, TensorFormat
 from ..structure import Weight
@@ -60,11 +60,6 @@ def _group(found: Findings, members: Sequence[Weight], scheme: Scheme, stats: In
 
 def _slice(weight: Weight) -> str:
     return "" if weight.index is None else f"[{weight.index}]"
-
-
-def scale_dtype(scheme: Scheme, stored: torch.dtype) -> torch.dtype:
-    """What the scales of a weight of a stored dtype are stored in: engines hold those of 4-bit weights as that."""
-    return stored if scheme.weight.bits == 4 else torch.float32
 
 
 def round_weights(found: Findings, weights: Sequence[Weight], recipe: Recipe) -> Iterator[Rounded]:
