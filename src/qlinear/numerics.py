@@ -120,7 +120,7 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: Ten
 
 
 def nearest_values(x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: TensorFormat) -> Tensor:
-    """`dequantize` of `quantize`, of x (..., columns) float32 with scales (..., 1): for searches, which keep no codes."""
+    """`dequantize` of `quantize` for x (..., columns) float32, scales (..., 1): for searches, which keep no codes."""
     if fmt.is_float:
         return dequantize(quantize(x, scale, zero_point, fmt), scale, zero_point, fmt)
     values = (x / scale).round_()
