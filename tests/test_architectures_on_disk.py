@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qlinear import load, quantize
+from qlinear.checkpoint.layouts import Keep
 from qlinear.nn import QLinear
 
 from .architectures import small_model
@@ -22,12 +23,12 @@ MIXTURES = ["Qwen3Moe", "DeepseekV3"]
 CONSULTING = ["DeepseekV32", "GlmMoeDsa", "HYV4", "AXK2", "Dots3NoteText", "Rwkv"]
 
 
-def written(name: str, folder: Path, layout: str) -> Path:
-    """The class, smoothed as far as folds go and quantized, in that layout; where to."""
-    model, out = folder / "model", folder / layout
+def written(name: str, folder: Path, layout: str, keep: Keep = "never") -> Path:
+    """The class, smoothed and quantized, with the vectors that `keep` says, in that layout; where to."""
+    model, out = folder / "model", folder / f"{layout}-{keep}"
     if not model.exists():
         small_model(CLASSES[name]).save_pretrained(model)
-    quantize(model, out, "w8a8", format=layout, migration_scale="never", calibration=TOKENS)
+    quantize(model, out, "w8a8", format=layout, migration_scale=keep, calibration=TOKENS)
     return out
 
 
@@ -53,6 +54,29 @@ def test_every_layout_gives_back_the_same_codes(name: str, tmp_path: Path) -> No
         for key, layer in layers.items():
             assert torch.equal(layer.weight, first[key].weight)
             assert torch.equal(layer.weight_scale, first[key].weight_scale)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", DENSE + MIXTURES)
+@pytest.mark.parametrize("keep", ["unfolded", "always"])
+def test_kept_vectors_come_back_from_every_layout_that_holds_them(
+    name: str, keep: Keep, tmp_path: Path
+) -> None:
+    one, other = (
+        load(written(name, tmp_path, layout, keep), dtype="float32") for layout in ("qlinear", "lmdeploy")
+    )
+    states = one.state_dict(), other.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
+    assert torch.equal(logits(one), logits(other))
+    if keep == "always":
+        layers = {n: m for n, m in one.named_modules() if isinstance(m, QLinear)}
+        assert any(layer.migration_scale is not None for layer in layers.values())
+        source = small_model(CLASSES[name]).state_dict()
+        untouched = [key for key, tensor in states[0].items() if key in source and tensor.dim() == 1]
+        norms = [key for key in untouched if key.rpartition(".")[0] not in layers]
+        assert norms
+        assert all(torch.equal(states[0][key], source[key]) for key in norms), "no producer takes anything"
 
 
 @pytest.mark.filterwarnings("default")

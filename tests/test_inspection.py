@@ -192,3 +192,12 @@ def test_an_imagined_checkpoint_takes_no_memory(llama_2_7b: Path) -> None:
     checkpoint = imagined_checkpoint(llama_2_7b)
     assert checkpoint.nbytes == 13_476_831_232
     assert {info.dtype for info in checkpoint.tensors.values()} == {torch.float16}
+
+
+def test_what_a_format_cannot_hold_is_planned_by_no_command(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", "gpt2", n_embd=30, n_head=3, n_layer=2)
+    for command in (qlinear.inspect, lambda *args: qlinear.quantize(args[0], tmp_path / "out", args[1])):
+        with pytest.raises(SchemeError, match="--format qlinear or lmdeploy"):
+            command(source, "w8a8")
+    with pytest.raises(SchemeError, match="all stay float"):
+        qlinear.quantize(source, tmp_path / "out", "none", format="qlinear", migration_scale="always")

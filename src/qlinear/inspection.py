@@ -18,7 +18,7 @@ from .checkpoint import Checkpoint, StreamedModel, TensorInfo, skeleton
 from .checkpoint.dense import quantization_config
 from .checkpoint.header import DTYPE_NAMES
 from .checkpoint.layout import Layout, packed_bytes
-from .checkpoint.layouts import Keep, get_layout, kept
+from .checkpoint.layouts import HOLD_TRANSPOSED, Keep, get_layout, kept
 from .inputs import open_checkpoint
 from .plan import is_parameter, make_plan, quantizable, replaced_bytes
 from .scheme import Scheme, get_scheme
@@ -80,7 +80,8 @@ def inspect(
     if quantization_config(source.checkpoint) is not None:
         return _finished(source)
     wanted = get_scheme(scheme)
-    return _planned(source, wanted, ignore, layout, kept(migration_scale, format, wanted))
+    transposed = format in HOLD_TRANSPOSED
+    return _planned(source, wanted, ignore, transposed, layout, kept(migration_scale, format, wanted))
 
 
 def _with_or_without_weights(model: str | Path, revision: str | None, trust_remote_code: bool) -> Checkpoint:
@@ -109,9 +110,14 @@ def imagined_checkpoint(config: Path, trust_remote_code: bool = False) -> Checkp
 
 
 def _planned(
-    source: StreamedModel, scheme: Scheme, ignore: Sequence[str] | None, layout: Layout, keep: Keep
+    source: StreamedModel,
+    scheme: Scheme,
+    ignore: Sequence[str] | None,
+    transposed: bool,
+    layout: Layout,
+    keep: Keep,
 ) -> Inspection:
-    chosen = make_plan(source, scheme, ignore, transposed=True).chosen
+    chosen = make_plan(source, scheme, ignore, transposed).chosen
     homes = _homes(source)
     linears = tuple(
         _planned_linear(source, scheme, name, shape, homes.get(name), layout, keep)

@@ -18,6 +18,9 @@ _QUANT_METHODS = {"smooth_quant": "lmdeploy"}
 # The layouts that have a place for a smoothing vector which stays with its layer.
 _HOLD_VECTORS = ("qlinear", "lmdeploy")
 
+# The layouts that have a place for linears which the model stores as (in, out): transformers' Conv1D.
+HOLD_TRANSPOSED = ("qlinear", "lmdeploy")
+
 # Which smoothing vectors stay with their layers: those that nothing can take, all, or none.
 Keep = Literal["unfolded", "always", "never"]
 
@@ -30,6 +33,11 @@ def kept(migration_scale: Keep, format: str, scheme: Scheme | None) -> Keep:
     if migration_scale not in ("unfolded", "always", "never"):
         raise SchemeError(f"migration_scale must be unfolded, always or never; got {migration_scale!r}")
     has_place = format in _HOLD_VECTORS and scheme is not None
+    if migration_scale == "always" and scheme is None:
+        raise SchemeError(
+            "migration_scale 'always' needs quantized layers to hold the vectors; with scheme 'none' all stay float: "
+            "leave it at 'unfolded', which folds what can be folded"
+        )
     if migration_scale == "always" and not has_place:
         raise SchemeError(
             f"migration_scale 'always' needs a format that holds it, {' or '.join(_HOLD_VECTORS)}; got {format!r}"

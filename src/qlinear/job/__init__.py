@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 
 from ..checkpoint import Checkpoint, clear, require_empty, require_space
-from ..checkpoint.layouts import Keep, get_layout, kept
+from ..checkpoint.layouts import HOLD_TRANSPOSED, Keep, get_layout, kept
 from ..data import Source
 from ..errors import OutputError
 from ..inputs import calibration_ids, open_model
@@ -106,7 +106,7 @@ def quantize(
     if not goes_on:
         require_empty(out, overwrite or is_unfinished(out), source.checkpoint.path)
     others = {pattern: get_scheme(each) for pattern, each in (scheme_for or {}).items()}
-    plan = make_plan(source, wanted, ignore, format in ("qlinear", "lmdeploy"), others)
+    plan = make_plan(source, wanted, ignore, format in HOLD_TRANSPOSED, others)
     recipe = Recipe(
         plan.schemes, layout, require_algorithm(algorithm), smoothing_of(smooth, algorithm, wanted),
         algorithm != "rtn" if propagate is None else propagate, require_count(keep_worst, wanted), keep,
