@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "src" / "qlinear"
 TIERS = (
-    "errors | scheme | numerics packing | ops | functional | nn | structure smooth blocks data | calibrate | "
+    "errors | scheme | numerics packing | ops | functional | nn | structure smooth blocks ranks data | calibrate | "
     "algorithms | checkpoint | demo | inputs plan | evaluation inspection generation inplace | job relayout | report | "
     "integrations | cli | __init__ __main__"
 )

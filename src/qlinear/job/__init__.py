@@ -1,6 +1,7 @@
 """The orchestrator: what `qlinear quantize` and `qlinear.quantize` do, from validation to the model card.
 
 arguments  what callers may ask for
+order      all of it, checked, and how it is carried out
 recipe     what is done to each linear, what is found of a block, what became of it
 refusal    what is refused once weights are read, and that it leaves no trace
 loop       one visible loop over the blocks:
@@ -9,48 +10,33 @@ loop       one visible loop over the blocks:
   writing      what a block becomes in the file
   reserve      the most sensitive linears, held back
   simulate     what the next blocks see of a quantized one
+sink       where results go: of several processes, one writes
 journal    what is finished, for a run that is killed
 finish     what makes a folder of shards a checkpoint
 """
 
-import resource
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from ..checkpoint import Checkpoint, clear, require_empty, require_space
+from ..checkpoint import require_empty, require_space
 from ..checkpoint.layouts import HOLD_TRANSPOSED, Keep, get_layout, kept
 from ..data import Source
 from ..errors import OutputError
 from ..inputs import calibration_ids, open_model
 from ..plan import make_plan
+from ..ranks import Ranks
 from ..scheme import Scheme, get_scheme
 from .arguments import quantization_config, require_algorithm, require_count, require_statistics, smoothing_of
-from .finish import finish
-from .journal import begin, can_be_taken_up, discard, identity, is_unfinished
-from .loop import Job
+from .journal import can_be_taken_up, is_unfinished
+from .order import Order, Result, carry_out
 from .recipe import Algorithm, Layer, Progress, Recipe
-from .refusal import leaving_no_trace, require_finite, require_floats
+from .refusal import require_floats
 
 __all__ = ["Layer", "Result", "quantize"]
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What the job did. out: the folder. total_size: bytes of tensor data in it. warnings: what a user should know."""
-
-    out: str
-    seconds: float
-    peak_rss_bytes: int
-    total_size: int
-    source_size: int
-    layers: tuple[Layer, ...]
-    warnings: tuple[str, ...]
 
 
 def quantize(
@@ -94,32 +80,34 @@ def quantize(
     resume: go on with an unfinished run into `out`; False starts anew. progress: called with (stage, done, total).
     Raises QLinearError, before any work, for whatever cannot be done; nothing is written then.
     """
-    began = time.monotonic()
-    wanted, out = None if scheme == "none" else get_scheme(scheme), Path(out)
-    if max_shard_size < 1:
-        raise OutputError(f"max_shard_size must be at least 1 byte; got {max_shard_size}")
-    layout = get_layout(format)
-    keep = kept(migration_scale, format, wanted)
-    source = open_model(model, dtype, trust_remote_code, revision)
-    source.checkpoint.require_unquantized()
-    goes_on = resume and not overwrite and can_be_taken_up(out)
-    if not goes_on:
-        require_empty(out, overwrite or is_unfinished(out), source.checkpoint.path)
-    others = {pattern: get_scheme(each) for pattern, each in (scheme_for or {}).items()}
-    plan = make_plan(source, wanted, ignore, format in HOLD_TRANSPOSED, others)
-    recipe = Recipe(
-        plan.schemes, layout, require_algorithm(algorithm), smoothing_of(smooth, algorithm, wanted),
-        algorithm != "rtn" if propagate is None else propagate, require_count(keep_worst, wanted), keep,
-    )  # fmt: skip
-    require_floats(source, plan)
-    config = quantization_config(source, layout, plan, ())
-    require_space(out, plan.nbytes)
-    statistics = None if stats is None else require_statistics(stats, source, recipe)
-    tokens = None
-    if recipe.needs_data:
-        # With statistics at hand, tokens only serve to find and prove folds.
-        text, samples, seq_len = (calibration, samples, seq_len) if statistics is None else ("random", 2, 16)
-        tokens = calibration_ids(text, source, samples, seq_len, seed)
+    began, ranks = time.monotonic(), Ranks.present()
+    with ranks.together():
+        wanted, out = None if scheme == "none" else get_scheme(scheme), Path(out)
+        if max_shard_size < 1:
+            raise OutputError(f"max_shard_size must be at least 1 byte; got {max_shard_size}")
+        layout = get_layout(format)
+        keep = kept(migration_scale, format, wanted)
+        source = open_model(model, dtype, trust_remote_code, revision)
+        source.checkpoint.require_unquantized()
+        taken_up = ranks.leads and resume and not overwrite and can_be_taken_up(out)
+        if ranks.leads and not taken_up:
+            require_empty(out, overwrite or is_unfinished(out), source.checkpoint.path)
+        others = {pattern: get_scheme(each) for pattern, each in (scheme_for or {}).items()}
+        plan = make_plan(source, wanted, ignore, format in HOLD_TRANSPOSED, others)
+        recipe = Recipe(
+            plan.schemes, layout, require_algorithm(algorithm), smoothing_of(smooth, algorithm, wanted),
+            algorithm != "rtn" if propagate is None else propagate, require_count(keep_worst, wanted), keep,
+        )  # fmt: skip
+        require_floats(source, plan)
+        quantization_config(source, layout, plan, ())  # a layout may have no place for what was asked for
+        if ranks.leads:
+            require_space(out, plan.nbytes)
+        statistics = None if stats is None else require_statistics(stats, source, recipe)
+        tokens = None
+        if recipe.needs_data:
+            # With statistics at hand, tokens only serve to find and prove folds.
+            text, samples, seq_len = (calibration, samples, seq_len) if stats is None else ("random", 2, 16)
+            tokens = calibration_ids(text, source, samples, seq_len, seed)
     settings = {
         "scheme": "none" if wanted is None else wanted.name, "format": format, "algorithm": algorithm,
         "smooth": "off" if recipe.smooth is None else recipe.smooth, "migration_scale": keep,
@@ -130,28 +118,8 @@ def quantize(
         "seq_len": seq_len if tokens is None else tokens.shape[1], "seed": seed,
         "dtype": str(source.dtype).removeprefix("torch."), "max_shard_size": max_shard_size,
     }  # fmt: skip
-    existed = out.is_dir()
-    if not goes_on:
-        require_finite(source, progress, with_blocks=overwrite and out.is_dir())
-        discard(out)
-        clear(out)
-    writer, journal = begin(out, settings | identity(source, tokens), max_shard_size)
-    job = Job(source, writer, journal, recipe, tokens, progress, statistics)
-    with leaving_no_trace(job, existed):
-        job.run()
-        if job.kept:
-            config = quantization_config(source, layout, plan, job.kept)
-        record = {"settings": settings, "layers": [asdict(layer) for layer in job.layers]}
-        untied = source.head_name in plan.chosen and source.model.config.tie_word_embeddings
-        finish(out, source, config, untied, record, writer.checksums)
-    job.journal.remove()
-    return Result(
-        str(out), time.monotonic() - began, peak_rss(), Checkpoint.open(out).nbytes, source.checkpoint.nbytes,
-        tuple(job.layers), (*plan.notes, *job.warnings),
-    )  # fmt: skip
-
-
-def peak_rss() -> int:
-    """The most memory that this process has had resident, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    order = Order(source, plan, recipe, tokens, statistics, settings)
+    goes_on = ranks.first(lambda: taken_up)
+    return carry_out(
+        order, out, goes_on=goes_on, overwrite=overwrite, ranks=ranks, began=began, progress=progress
+    )

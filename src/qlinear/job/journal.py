@@ -15,12 +15,11 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -28,19 +27,12 @@ from torch import Tensor
 from ..checkpoint import ShardWriter, StreamedModel, clear, write_atomically
 from ..checkpoint.output import writing_to
 from ..errors import OutputError
+from ..smooth import Smoothing
 from ..structure import Weight
 from .recipe import Findings, Layer
+from .sink import Done, Sink
 
 _FOLDER = ".qlinear"
-
-
-@dataclass(slots=True)
-class Done:
-    """Finished blocks by name, and what is to be said of their linears."""
-
-    blocks: list[str] = field(default_factory=list)
-    layers: list[Layer] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
 
 
 class Journal:
@@ -52,7 +44,8 @@ class Journal:
 
     def __init__(self, out: Path, settings: Mapping[str, Any], lock: int) -> None:
         self.folder, self.settings = out / _FOLDER, dict(settings)
-        self.done, self.shards = Done(), None
+        self.done = Done()
+        self.shards: dict[str, Any] | None = None
         self._lock = lock
 
     @classmethod
@@ -87,9 +80,7 @@ class Journal:
         self.done = Done(found["blocks"], layers, found["warnings"])
         self.shards = found["shards"]
 
-    def record(
-        self, found: Findings, layers: Sequence[Layer], warnings: Sequence[str], writer: ShardWriter
-    ) -> None:
+    def record(self, found: Findings, layers: Sequence[Layer], warnings: Sequence[str], writer: Sink) -> None:
         """A block is finished, and in the shards."""
         write_atomically(self._file(len(self.done.blocks)), _smoothing_as_bytes(found))
         self._save([*self.done.blocks, found.name], layers, warnings, writer.commit())
@@ -108,17 +99,17 @@ class Journal:
         write_atomically(self.folder / "journal.json", json.dumps(entry).encode())
         self.done = Done(blocks, list(layers), list(warnings))
 
-    def restore(self, found: Findings) -> None:
-        """Give a finished block the smoothing that it had; gains and biases are changed in the block itself."""
-        with safe_open(self._file(self.done.blocks.index(found.name)), "pt") as stored:
+    def smoothing_of(self, block: str) -> tuple[Smoothing, dict[str, Tensor]]:
+        """The smoothing that a finished block had, and its gains and biases as that left them."""
+        smoothing = Smoothing()
+        with safe_open(self._file(self.done.blocks.index(block)), "pt") as stored:
             names = stored.metadata()
             for part in ("columns", "rows", "migration"):
-                into: dict[Weight, Tensor] = getattr(found.smoothing, part)
+                into: dict[Weight, Tensor] = getattr(smoothing, part)
                 for i, key in enumerate(json.loads(names[part])):
                     into[Weight(*key)] = stored.get_tensor(f"{part}.{i}")
-            with torch.no_grad():
-                for i, name in enumerate(json.loads(names["changed"])):
-                    found.block.get_parameter(name).copy_(stored.get_tensor(f"changed.{i}"))
+            changed = json.loads(names["changed"])
+            return smoothing, {name: stored.get_tensor(f"changed.{i}") for i, name in enumerate(changed)}
 
     def _file(self, position: int) -> Path:
         return self.folder / f"block-{position:05d}.safetensors"

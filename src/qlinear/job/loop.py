@@ -9,7 +9,6 @@ A block that an interrupted run has finished is not worked on again: the set pas
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,15 +16,16 @@ from torch import Tensor, nn
 
 from ..blocks import Lane, batches_of, shared_parameters
 from ..calibrate import calibrate
-from ..checkpoint import Checkpoint, ShardWriter, StreamedModel
+from ..checkpoint import Checkpoint, StreamedModel
 from ..checkpoint.statistics import Statistics
 from ..errors import StructureError
+from ..ranks import Ranks
 from ..structure import Fold, examine, find_groups
-from .journal import Journal
 from .recipe import Findings, Layer, Progress, Recipe, joined, unseen
 from .refusal import require_finite_block
 from .rounding import Rounded
 from .simulate import simulated
+from .sink import Record, Sink
 from .smoothing import smooth_block
 from .writing import BlockWriter
 
@@ -33,37 +33,35 @@ from .writing import BlockWriter
 _PROBE, _PROOF = 64, (2, 16)
 # Tokens that pass through a block at once: enough to fill a matrix product, few enough to stay small.
 _BATCH_TOKENS = 1024
+_ALONE = Ranks()
 
 
 class Job:
     """Quantizes the linears of a model's blocks; `run` is the loop.
 
     recipe: what is done to each of them. tokens: the calibration set (n, seq_len), None where nothing needs it.
-    statistics: of an earlier calibration, which then stand for what this set would give.
+    statistics: of an earlier calibration, which then stand for what this set would give. writer, journal: where
+    results go, and what remembers them. ranks: the processes that share the work.
     """
 
     def __init__(
         self,
         source: StreamedModel,
-        writer: ShardWriter,
-        journal: Journal,
+        writer: Sink,
+        journal: Record,
         recipe: Recipe,
         tokens: Tensor | None,
         progress: Progress,
         statistics: Statistics | None = None,
+        ranks: Ranks = _ALONE,
     ) -> None:
-        self.statistics = statistics
+        self.statistics, self.ranks = statistics, ranks
         self.source, self.recipe, self.tokens, self.progress = source, recipe, tokens, progress
         self.journal = journal
-        self.blocks = BlockWriter(source, writer, recipe, journal.done)
+        self.blocks = BlockWriter(source, writer, recipe, journal.done, ranks)
         self._likely: Sequence[Fold] = ()
         self._held_back: set[str] = set()
         self._shared = shared_parameters(source.blocks.values())
-
-    @property
-    def out(self) -> Path:
-        """The folder that it writes."""
-        return self.blocks.writer.folder
 
     @property
     def kept(self) -> list[str]:
@@ -114,7 +112,9 @@ class Job:
             yield
 
     def _batches(self, tokens: Tensor) -> list[dict[str, Any]]:
-        return [*experiments(tokens), *([] if self.statistics else calibration_batches(tokens))]
+        """Of this rank: the experiments, which all make, and its part of the calibration set."""
+        calibration = [] if self.statistics else calibration_batches(tokens)
+        return [*experiments(tokens), *self.ranks.part(calibration)]
 
     def _findings(self, block: nn.Module) -> Findings:
         name = self.source.name_of(block)
@@ -129,6 +129,7 @@ class Job:
             found.stats = calibrate(
                 block, calibration, trace, found.name,
                 second_moments=self.recipe.algorithm == "gptq", advance=not self.recipe.propagate,
+                ranks=self.ranks,
             )  # fmt: skip
         else:
             found.stats = self.statistics.of_block(found.name, trace)
@@ -168,11 +169,14 @@ class Job:
             _, self._likely = examine(block, probe.waiting, proof.waiting, (), self._shared[block])
         for lane in (probe, proof, *(() if self.recipe.propagate else calibration)):
             lane.step()
-        self.journal.restore(found)
+        found.smoothing, changed = self.ranks.first(lambda: self.journal.smoothing_of(found.name))
+        for key, tensor in changed.items():
+            block.get_parameter(key).detach().copy_(tensor)
         self.blocks.smooth_again(found)
         smoothed.step()
         if self.recipe.propagate:
-            self._pass_on(found, self.blocks.read_back(found), calibration)
+            held = self.ranks.first(lambda: self.blocks.read_back(found))
+            self._pass_on(found, self.blocks.put_back(found, held), calibration)
 
     def _pass_on(self, found: Findings, rounded: Sequence[Rounded], calibration: Sequence[Lane]) -> None:
         """Let the calibration set pass through the block as it has become."""

@@ -81,7 +81,7 @@ def _count_bad(x: Tensor) -> int:
 
 
 @contextmanager
-def leaving_no_trace(job: "Job", existed: bool) -> Iterator[None]:
+def leaving_no_trace(job: "Job", out: Path, existed: bool) -> Iterator[None]:
     """Inside, a model that turns out to be unfit takes back what was written of it, and a folder made for it.
 
     A disk that is full or cannot be read is another matter: what was finished until then stays, to be taken up again.
@@ -94,9 +94,9 @@ def leaving_no_trace(job: "Job", existed: bool) -> Iterator[None]:
     except (CheckpointError, NumericsError, StructureError):
         job.blocks.writer.close()
         job.journal.remove()
-        clear(job.out)
+        clear(out)
         if not existed:
-            _remove_if_empty(job.out)
+            _remove_if_empty(out)
         raise
     except BaseException:
         _let_go(job)

@@ -2,27 +2,33 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from ..algorithms.search import Search
-from ..checkpoint import ShardWriter, StreamedModel
+from ..checkpoint import StreamedModel
 from ..checkpoint.layout import QuantizedLinear
 from ..numerics import QuantizedTensor
 from ..plan import file_names
+from ..ranks import Ranks
 from ..structure import Weight
-from .journal import Done
 from .recipe import Findings, Layer, Migration, Recipe, joined
 from .reserve import Reserve, Unit
 from .rounding import Rounded, round_weights
+from .sink import Done, Sink
+
+_ALONE = Ranks()
 
 
 class BlockWriter:
     """Rounds and writes one block after another; `layers` and `warnings` tell what became of them."""
 
-    def __init__(self, source: StreamedModel, writer: ShardWriter, recipe: Recipe, done: Done) -> None:
-        self.source, self.writer, self.recipe = source, writer, recipe
+    def __init__(
+        self, source: StreamedModel, writer: Sink, recipe: Recipe, done: Done, ranks: Ranks = _ALONE
+    ) -> None:
+        self.source, self.writer, self.recipe, self.ranks = source, writer, recipe, ranks
         self.layers, self.warnings = list(done.layers), list(done.warnings)
         self.kept: list[str] = []
         self._reserve = Reserve(recipe.keep_worst)
@@ -30,10 +36,15 @@ class BlockWriter:
     def write(self, found: Findings) -> list[Rounded]:
         """Round what was chosen of a block and write it; the block's weights are smoothed when this returns."""
         changed, rounded = set(found.smoothing.changed), []
-        weights = found.weights()
-        stacks = self._stacks(found)
-        for members in found.merge_groups([weight for weight in weights if weight.name not in stacks]):
-            made = list(round_weights(found, members, self.recipe))
+        weights, stacks = found.weights(), self._stacks(found)
+        single = found.merge_groups([weight for weight in weights if weight.name not in stacks])
+        experts = {name: found.merge_groups(self._experts(found, name, weights)) for name in stacks}
+        made_of = self.ranks.shared(
+            [*single, *chain.from_iterable(experts.values())],
+            lambda members: list(round_weights(found, members, self.recipe)),
+        )
+        for members in single:
+            made = next(made_of)
             rounded += made
             quantized = {each.weight for each in made}
             for weight in members:
@@ -41,12 +52,19 @@ class BlockWriter:
                 if weight not in quantized and found.smoothing.touches(weight):
                     changed.add(weight.name)
             self._emit(self._unit(found, made))
-        for name in stacks:
-            rounded.append(self._write_stack(found, name, [w for w in weights if w.name == name]))
+        for name, groups in experts.items():
+            made = [each for _ in groups for each in next(made_of)]
+            in_order = sorted(made, key=lambda each: each.weight.index or 0)
+            rounded.append(self._write_stack(found, name, in_order))
         floats = changed.difference(stacks)
         together = {n for name in floats for n in self.source.names.made_with(joined(found.name, name))}
         self._write_float({name: self.source.model.get_parameter(name) for name in together})
         return rounded
+
+    def _experts(self, found: Findings, name: str, weights: Sequence[Weight]) -> list[Weight]:
+        """All matrices of a stack (experts, out, in), whether tokens reached them or not."""
+        seen = {weight.index: weight for weight in weights if weight.name == name}
+        return [seen.get(i, Weight(name, False, i)) for i in range(len(found.block.get_parameter(name)))]
 
     def _smooth_in_place(self, found: Findings, weight: Weight) -> None:
         """Leave the smoothed weight in the block: for what stays float, and for the tokens that check the folds."""
@@ -83,20 +101,17 @@ class BlockWriter:
             self.writer.add(key, tensor)
         self.layers += unit.layers
 
-    def _write_stack(self, found: Findings, name: str, seen: Sequence[Weight]) -> Rounded:
+    def _write_stack(self, found: Findings, name: str, made: Sequence[Rounded]) -> Rounded:
         """Experts (experts, out, in) that the file holds one by one: each becomes a quantized linear there."""
-        full, count = joined(found.name, name), len(found.block.get_parameter(name))
-        by_index = {weight.index: weight for weight in seen}
-        weights = [by_index.get(i, Weight(name, False, i)) for i in range(count)]
-        made = sorted(round_weights(found, weights, self.recipe), key=lambda each: each.weight.index or 0)
-        for weight in weights:
-            self._smooth_in_place(found, weight)
+        full = joined(found.name, name)
+        for each in made:
+            self._smooth_in_place(found, each.weight)
         held = replace(made[0].held, weight=_stacked([each.held.weight for each in made]))
         self._write_experts(full, held)
         error, rtn_error = (
-            sum(values) / count for values in ([e.error for e in made], [e.rtn_error for e in made])
+            sum(values) / len(made) for values in ([e.error for e in made], [e.rtn_error for e in made])
         )
-        self.layers.append(self._layer(full, held, error, rtn_error, weights[0], found))
+        self.layers.append(self._layer(full, held, error, rtn_error, made[0].weight, found))
         return Rounded(Weight(name), held, error, rtn_error)
 
     def _write_experts(self, name: str, held: QuantizedLinear) -> None:
@@ -144,27 +159,37 @@ class BlockWriter:
         for weight in dict.fromkeys([*found.smoothing.columns, *found.smoothing.rows]):
             self._smooth_in_place(found, weight)
 
-    def read_back(self, found: Findings) -> list[Rounded]:
-        """The codes of a finished block's linears; stacks of experts become what their codes stand for."""
-        for name in self._stacks(found):
-            for source, part in self.source.names.parts_of(
-                joined(found.name, name), found.block.get_parameter(name)
-            ):
-                held = self._unpack(source.removesuffix(".weight"), joined(found.name, name))
-                part.detach().copy_(held.weight.dequantize())
-        linears = [
-            w for w in found.weights() if w.index is None and found.full_name(w) in self.recipe.schemes
+    def read_back(self, found: Findings) -> dict[str, QuantizedLinear]:
+        """What the file holds of a finished block, by the names of its modules there."""
+        names = {
+            module: name
+            for name in (*self._stacks_in_full(found), *(found.full_name(w) for w in self._linears(found)))
+            for module in file_names(self.source, name)
+        }
+        return {module: self._unpack(module, name) for module, name in names.items()}
+
+    def put_back(self, found: Findings, held: Mapping[str, QuantizedLinear]) -> list[Rounded]:
+        """A finished block's linears as `write` gave them; experts become what their codes stand for."""
+        for name in self._stacks_in_full(found):
+            for key, part in self.source.names.parts_of(name, self.source.model.get_parameter(name)):
+                part.detach().copy_(held[key.removesuffix(".weight")].weight.dequantize())
+        module_of = self.source.names.source_module
+        return [
+            Rounded(weight, held[module_of(found.full_name(weight))], 0.0, 0.0)
+            for weight in self._linears(found)
         ]
-        return [self._read_linear(found, weight) for weight in linears]
+
+    def _linears(self, found: Findings) -> list[Weight]:
+        """The linears of a block that were chosen."""
+        return [w for w in found.weights() if w.index is None and found.full_name(w) in self.recipe.schemes]
+
+    def _stacks_in_full(self, found: Findings) -> list[str]:
+        return [joined(found.name, name) for name in self._stacks(found)]
 
     def _stacks(self, found: Findings) -> list[str]:
         """The parameters of a block that are stacks of experts and were chosen."""
         names = [name for name, _ in found.block.named_parameters()]
         return [name for name in names if joined(found.name, name) in self.recipe.schemes]
-
-    def _read_linear(self, found: Findings, weight: Weight) -> Rounded:
-        name = found.full_name(weight)
-        return Rounded(weight, self._unpack(self.source.names.source_module(name), name), 0.0, 0.0)
 
     def _unpack(self, module: str, name: str) -> QuantizedLinear:
         tensors = {key: self.writer.read(key) for key in self.writer.names if key.startswith(f"{module}.")}

@@ -1,0 +1,117 @@
+"""Where a job's results go: to the shards and the journal of the rank that writes, or, for the others, nowhere."""
+
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ..checkpoint import Checkpoint
+from ..smooth import Smoothing
+from .recipe import Findings, Layer
+
+
+class Sink(Protocol):
+    """What tensors are written to; `ShardWriter` tells what its methods do."""
+
+    checksums: dict[str, str]
+
+    @property
+    def names(self) -> Set[str]:
+        """The tensors that were added."""
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Append a tensor."""
+
+    def copy(self, name: str, checkpoint: Checkpoint) -> None:
+        """Append a tensor of a checkpoint."""
+
+    def read(self, name: str) -> Tensor:
+        """A tensor that was added."""
+
+    def commit(self) -> dict[str, Any]:
+        """Make it durable."""
+
+    def finish(self) -> dict[str, str]:
+        """Give all files their names."""
+
+    def close(self) -> None:
+        """Let go of what is open."""
+
+
+@dataclass(slots=True)
+class Done:
+    """Finished blocks by name, and what is to be said of their linears."""
+
+    blocks: list[str] = field(default_factory=list)
+    layers: list[Layer] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+class Record(Protocol):
+    """What remembers finished blocks; `Journal` tells what its methods do."""
+
+    done: Done
+
+    def record(self, found: Findings, layers: Sequence[Layer], warnings: Sequence[str], writer: Sink) -> None:
+        """A block is finished."""
+
+    def smoothing_of(self, block: str) -> tuple[Smoothing, dict[str, Tensor]]:
+        """The smoothing that a finished block had."""
+
+    def remove(self) -> None:
+        """The result is whole."""
+
+    def close(self) -> None:
+        """Let go of the folder."""
+
+
+class Nowhere:
+    """A sink that keeps names alone: what is added is lost."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+        self.checksums: dict[str, str] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Only the name."""
+        self.names.add(name)
+
+    def copy(self, name: str, checkpoint: Checkpoint) -> None:
+        """Only the name."""
+        self.names.add(name)
+
+    def read(self, name: str) -> Tensor:
+        """Never possible."""
+        raise LookupError(f"{name} was not kept")
+
+    def commit(self) -> dict[str, Any]:
+        """Nothing is to be made durable."""
+        return {}
+
+    def finish(self) -> dict[str, str]:
+        """There are no files."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+@dataclass(slots=True)
+class Unrecorded:
+    """The record of a run that another rank, or nobody, writes down. done: what was finished before it."""
+
+    done: Done
+
+    def record(self, found: Findings, layers: Sequence[Layer], warnings: Sequence[str], writer: Sink) -> None:
+        """Nothing is written down."""
+
+    def smoothing_of(self, block: str) -> tuple[Smoothing, dict[str, Tensor]]:
+        """Never possible."""
+        raise LookupError(f"the smoothing of {block} was not kept")
+
+    def remove(self) -> None:
+        """There is nothing."""
+
+    def close(self) -> None:
+        """There is nothing."""
