@@ -15,7 +15,12 @@ and exits with 2. All are ValueErrors, so code that wraps qlinear needs no impor
 
 
 class QLinearError(ValueError):
-    """The root: a mistake in what the caller gave, never a failure of qlinear."""
+    """The root: a mistake in what the caller gave, never a failure of qlinear.
+
+    known_to_all: whether every process of a job raises it, so that one of them may speak for all.
+    """
+
+    known_to_all = False
 
 
 class SchemeError(QLinearError):

@@ -9,8 +9,7 @@ so is what goes wrong on one, or the others would wait for it. What passes betwe
 One process alone is the case of one rank: nothing is told, and nothing waits.
 """
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -59,6 +58,7 @@ class Ranks:
         dist.all_gather_object(raised, mine)
         for each in raised:
             if each is not None:
+                each.known_to_all = True
                 raise each
 
     def each(self, work: Callable[[], T]) -> list[T]:
@@ -101,18 +101,10 @@ class Ranks:
         return x
 
 
-def is_one_of_many(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether torchrun, or what sets its variables, started this process among others."""
-    return int(environment.get("WORLD_SIZE", "1")) > 1
-
-
 @contextmanager
-def started_by_torchrun() -> Iterator[Ranks]:
-    """Inside, the processes that torchrun started are a group; a process that it did not start is alone."""
-    if not is_one_of_many():
-        yield Ranks()
-        return
-    # Whatever one rank does alone, such as writing what nothing touched, the others wait for.
+def torchrun_group() -> Iterator[Ranks]:
+    """Inside, the processes that torchrun started are a group."""
+    # Whatever one rank does alone, such as copying what nothing touched, the others wait for.
     dist.init_process_group("gloo", timeout=timedelta(days=7))
     try:
         yield Ranks.present()

@@ -5,15 +5,19 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Optional, cast
+from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
 
 import typer
 
 from ..errors import QLinearError
 from .display import Bars, show_calibration, show_evaluation, show_inspection, show_result, show_verification
+
+if TYPE_CHECKING:
+    from ..ranks import Ranks
 
 app = typer.Typer(
     name="qlinear",
@@ -24,6 +28,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
+# Commands that the processes of one torchrun share; the others are for one alone.
+_SHARED = ("quantize", "calibrate")
 # What a shell reports for a process that Ctrl-C ended.
 _INTERRUPTED = 130
 # glibc's M_MMAP_THRESHOLD, of malloc.h.
@@ -42,6 +48,13 @@ Dtype = Annotated[
 ]
 
 
+@app.callback()
+def require_alone(context: typer.Context) -> None:
+    """Quantizes the linear layers of transformer checkpoints, and says what it cost."""
+    if _is_one_of_many() and context.invoked_subcommand not in _SHARED:
+        raise QLinearError(f"{context.invoked_subcommand} runs as one process: start it without torchrun")
+
+
 @app.command(
     epilog="""
 Examples:
@@ -53,6 +66,8 @@ Examples:
     qlinear quantize ./model out --scheme w4a16 --algorithm gptq --smooth auto --scheme-for '*.down_proj=w8a16'
 
     qlinear quantize ./model out --smooth off --ignore 're:.*down_proj' --ignore lm_head
+
+    torchrun --nproc-per-node 2 -m qlinear quantize ./model out --algorithm gptq
 """
 )
 def quantize(
@@ -120,7 +135,7 @@ def quantize(
     """Make a smaller, faster checkpoint that vLLM, SGLang and transformers load."""
     from .. import quantize as run
 
-    with Bars(quiet) as bars:
+    with _processes() as ranks, Bars(quiet or not ranks.leads) as bars:
         result = run(
             model, out, scheme, smooth=_alpha(smooth), migration_scale=cast(Any, migration_scale),
             algorithm=cast(Any, algorithm), propagate=propagate, scheme_for=_pairs(scheme_for),
@@ -129,7 +144,8 @@ def quantize(
             overwrite=overwrite, resume=resume, trust_remote_code=trust_remote_code, revision=revision,
             progress=bars.update,
         )  # fmt: skip
-    _show(result, as_json, show_result)
+    if ranks.leads:
+        _show(result, as_json, show_result)
 
 
 @app.command(
@@ -160,12 +176,13 @@ def calibrate(
     """Write the statistics of every linear's input: absmax, absmean, min, max and mean of each channel."""
     from ..job.statistics import write_statistics as run
 
-    with Bars(quiet) as bars:
+    with _processes() as ranks, Bars(quiet or not ranks.leads) as bars:
         done = run(
             model, stats, calibration=calibration, samples=samples, seq_len=seq_len, dtype=dtype, seed=seed,
             overwrite=overwrite, trust_remote_code=trust_remote_code, revision=revision, progress=bars.update,
         )  # fmt: skip
-    _show(done, as_json, show_calibration)
+    if ranks.leads:
+        _show(done, as_json, show_calibration)
 
 
 @app.command(
@@ -288,6 +305,20 @@ def generate(
     typer.echo(json.dumps({"prompt": prompt, "text": text}) if as_json else prompt + text)
 
 
+def _is_one_of_many() -> bool:
+    """Whether torchrun, or what sets its variables, started this process among others."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+@contextmanager
+def _processes() -> Iterator["Ranks"]:
+    """Inside, this process is one of those that torchrun started, or alone."""
+    from ..ranks import Ranks, torchrun_group
+
+    with torchrun_group() if _is_one_of_many() else nullcontext(Ranks()) as ranks:
+        yield ranks
+
+
 def _verify(folder: str, as_json: bool, quiet: bool) -> None:
     from ..checkpoint.verification import verify
 
@@ -361,7 +392,7 @@ def _run() -> int:
     try:
         code = app(standalone_mode=False)
     except QLinearError as error:
-        return _say(str(error), 2)
+        return _say(_spoken(error), 2)
     except typer.TyperException as error:
         return _say(_usage(error), 2)
     except (KeyboardInterrupt, typer.Abort):
@@ -369,6 +400,14 @@ def _run() -> int:
     except OSError as error:
         return _say(f"{error.strerror or error}: {error.filename or 'reading or writing failed'}", 2)
     return _say("stopped; what is finished stays as it is", code) if code == _INTERRUPTED else code or 0
+
+
+def _spoken(error: QLinearError) -> str:
+    """What to say of an error: one process speaks for all where all know."""
+    rank = os.environ.get("RANK", "0") if _is_one_of_many() else "0"
+    if rank == "0":
+        return str(error)
+    return "" if error.known_to_all else f"rank {rank}: {error}"
 
 
 def _usage(error: typer.TyperException) -> str:

@@ -15,10 +15,12 @@ from ..checkpoint.statistics import Statistics, input_name, merged, require_writ
 from ..data import Source
 from ..evaluation import Progress
 from ..inputs import calibration_ids, open_model
+from ..ranks import Ranks
 from ..structure import Weight, run_in_float32
 
 # A few real tokens show which weights multiply what; many pass through a block at once, but not so many as to be large.
 _SHOWN, _BATCH_TOKENS = (2, 16), 2048
+_ALONE = Ranks()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +54,15 @@ def write_statistics(
     out: `.safetensors`, or `.pth` for LMDeploy's form. The other arguments are those of `qlinear.quantize`.
     Raises QLinearError, before any work, for whatever cannot be done; nothing is written then.
     """
-    began = time.monotonic()
-    require_writable(out, overwrite)
-    source = open_model(model, dtype, trust_remote_code, revision)
-    source.checkpoint.require_unquantized()
-    tokens = calibration_ids(calibration, source, samples, seq_len, seed)
-    found = gather_statistics(source, tokens, progress)
-    save_statistics(out, found)
+    began, ranks = time.monotonic(), Ranks.present()
+    with ranks.together():
+        if ranks.leads:
+            require_writable(out, overwrite)
+        source = open_model(model, dtype, trust_remote_code, revision)
+        source.checkpoint.require_unquantized()
+        tokens = calibration_ids(calibration, source, samples, seq_len, seed)
+    found = gather_statistics(source, tokens, progress, ranks)
+    ranks.first(lambda: save_statistics(out, found))
     return Calibration(
         str(out), time.monotonic() - began, tokens.numel(), tuple(found.inputs), tuple(sorted(found.idle))
     )
@@ -66,18 +70,22 @@ def write_statistics(
 
 @torch.no_grad()
 def gather_statistics(
-    source: StreamedModel, tokens: Tensor, progress: Progress = lambda stage, done, total: None
+    source: StreamedModel,
+    tokens: Tensor,
+    progress: Progress = lambda stage, done, total: None,
+    ranks: Ranks = _ALONE,
 ) -> Statistics:
-    """The statistics of every weight's input in the model's blocks, over token ids (n, seq_len)."""
+    """The statistics of every weight's input in the model's blocks, over token ids (n, seq_len), split over `ranks`."""
     inputs: dict[str, InputStats] = {}
     idle: set[str] = set()
     rows = max(1, _BATCH_TOKENS // tokens.shape[1])
     shown = tokens[: _SHOWN[0], : _SHOWN[1]]
-    with source.lanes([*batches_of(shown, len(shown)), *batches_of(tokens, rows)]) as lanes:
+    batches = [*batches_of(shown, len(shown)), *ranks.part(batches_of(tokens, rows))]
+    with source.lanes(batches) as lanes:
         while (block := lanes.at) is not None and block is not source.head:
             progress("calibrating", source.position(block), len(source.blocks))
             with source.loaded(block):
-                stats, unseen = _of_block(block, source.name_of(block), *lanes)
+                stats, unseen = _of_block(block, source.name_of(block), ranks, *lanes)
             _add(inputs, stats)
             idle |= unseen
     progress("calibrating", len(source.blocks), len(source.blocks))
@@ -85,11 +93,11 @@ def gather_statistics(
 
 
 def _of_block(
-    block: nn.Module, name: str, shown: Lane, *calibration: Lane
+    block: nn.Module, name: str, ranks: Ranks, shown: Lane, *calibration: Lane
 ) -> tuple[dict[str, InputStats], set[str]]:
     """The statistics of a block's weights by name, and the names of those that no token reached."""
     trace = run_in_float32(block, shown.waiting)
-    found = calibrate(block, calibration, trace, name)
+    found = calibrate(block, calibration, trace, name, ranks=ranks)
     shown.step()
     every = {weight for product in trace.products for weight in _slices(block, product.weight)}
     linears = {Weight(f"{n}.weight") for n, module in block.named_modules() if isinstance(module, nn.Linear)}
