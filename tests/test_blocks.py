@@ -1,13 +1,16 @@
 """Lanes: a model stepped through block by block gives what it gives in one go."""
 
 import threading
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from qlinear.blocks import Call, Lane, Lanes, batches_of, find_blocks
-from qlinear.errors import StructureError
+from qlinear.errors import OutputError, StructureError
+from qlinear.memory import Spill
 
 
 class Block(nn.Module):
@@ -139,3 +142,57 @@ def test_a_lane_that_is_ended_while_it_runs_ends_at_its_next_block() -> None:
     go.set()
     ending.join(20)
     assert not lane.is_alive()
+
+
+class Wide(nn.Module):
+    """Blocks whose hidden states are large enough to spill, and that lean on what lanes share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 256)
+        self.layers = nn.ModuleList(nn.Linear(256, 256) for _ in range(3))
+        self.register_buffer("mask", torch.randn(100, 256))
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> Tensor:
+        x = first = self.embed(input_ids)
+        for layer in self.layers:
+            x = x + layer(x) * self.mask
+        return x + first
+
+
+def test_hidden_states_that_wait_on_the_disk_come_back_as_they_were(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, tokens = Wide(), torch.randint(0, 11, (6, 100))
+    batches = batches_of(tokens, 2)
+    with (
+        closing(Spill(0, tmp_path)) as spill,  # memory is always short
+        torch.no_grad(),
+        Lanes(model, list(model.layers), batches, spill) as lanes,
+    ):
+        while lanes.at is not None:
+            assert all(lane.call.hidden.untyped_storage().nbytes() == 0 for lane in lanes if lane.call)
+            for lane in lanes:
+                lane.rehearse()
+                lane.step()
+        outputs = torch.cat([lane.output for lane in lanes])
+    assert torch.equal(outputs, model(tokens))
+    # Each lane has one place, which it uses again and again; and the file has no name to be left behind.
+    assert spill.file_size == 6 * 100 * 256 * 4
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_goes_to_the_disk_while_there_is_room(tmp_path: Path) -> None:
+    model, batches = Wide(), batches_of(torch.zeros(2, 100).long(), 1)
+    with (
+        closing(Spill(1 << 60, tmp_path)) as spill,
+        torch.no_grad(),
+        Lanes(model, list(model.layers), batches, spill) as lanes,
+    ):
+        for lane in lanes:
+            lane.step()
+    assert spill.file_size == 0
+
+
+def test_a_disk_that_cannot_take_hidden_states_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="--max-memory"):
+        Spill(0, tmp_path / "nowhere")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import qlinear
-from qlinear import QLinearError
+from qlinear import QLinearError, memory
 from qlinear.checkpoint import Checkpoint
 from qlinear.nn import QLinear
 from qlinear.numerics import quantize_tensor
@@ -346,3 +346,23 @@ def test_computing_in_bfloat16_gives_nearly_the_same_scales(source: Path, tmp_pa
     scales = [name for name in b if name.endswith("weight_scale")]
     assert scales
     assert all(distance(a[name], b[name]) < 0.05 for name in scales)
+
+
+def test_where_hidden_states_wait_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_model(tmp_path / "source", max_position_embeddings=1024)
+    ids = torch.arange(3 * 900).remainder(90).add(3).reshape(3, 900)
+    qlinear.quantize(source, tmp_path / "in-memory", calibration=ids, seq_len=900)
+    spilled: list[int] = []
+    put = memory.Spill.put
+    monkeypatch.setattr(memory.Spill, "is_short", True)
+    monkeypatch.setattr(memory.Spill, "put", lambda *args: spilled.append(1) or put(*args))
+    qlinear.quantize(source, tmp_path / "on-disk", calibration=ids, seq_len=900, max_memory=1 << 40)
+    assert len(spilled) == 9  # three batches, before either block and the head
+    assert contents(tmp_path / "on-disk") == contents(tmp_path / "in-memory")
+
+
+def test_too_little_memory_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source")
+    with pytest.raises(QLinearError, match=r"max_memory must be at least .*GB.*got 0\.0GB"):
+        qlinear.quantize(source, tmp_path / "out", calibration=IDS, max_memory=1 << 20)
+    assert not (tmp_path / "out").exists()

@@ -22,6 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import StructureError
+from .memory import Slot, Spill
+
+# Bytes that a hidden state must have for the disk to be worth its while.
+_WORTH_IT = 64 << 10
 
 
 class _Closed(BaseException):
@@ -41,18 +45,27 @@ class Call:
         """The block's output for this call."""
         return self.forward(*self.args, **self.kwargs)
 
+    @property
+    def hidden(self) -> Any:
+        """What the block is to work on: its first argument."""
+        return self.args[0] if self.args else self.kwargs.get("hidden_states")
+
 
 class Lane(threading.Thread):
     """One micro-batch on its way through `model.forward`.
 
     `call` is the block call that the lane waits in, None once the model has returned; then `output` is its output.
+    `spill` takes its hidden state while memory is short.
     """
 
-    def __init__(self, model: Callable[..., Any], inputs: Mapping[str, Any]) -> None:
+    def __init__(
+        self, model: Callable[..., Any], inputs: Mapping[str, Any], spill: Spill | None = None
+    ) -> None:
         super().__init__(daemon=True, name="lane")
         self.call: Call | None = None
         self.output: Any = None
         self._model, self._inputs = model, inputs
+        self._spill, self._slot, self._is_spilled = spill, Slot(0, 0), False
         self._failure: BaseException | None = None
         self._answers: SimpleQueue[Any] = SimpleQueue()
         self._paused: SimpleQueue[None] = SimpleQueue()
@@ -70,9 +83,12 @@ class Lane(threading.Thread):
 
     @property
     def waiting(self) -> Call:
-        """The call that the lane waits in. Raises StructureError if the model has returned."""
+        """The call that the lane waits in, all in memory. Raises StructureError if the model has returned."""
         if self.call is None:
             raise StructureError("the lane has already passed the whole model")
+        if self._spill is not None and self._is_spilled:
+            self._spill.take(self.call.hidden, self._slot)
+            self._is_spilled = False
         return self.call
 
     def wait_for(self, call: Call) -> Any:
@@ -100,6 +116,11 @@ class Lane(threading.Thread):
         """Run the block that the lane waits in, and go on to the next."""
         self.advance(self.waiting.run())
 
+    def rehearse(self) -> None:
+        """Run the block that the lane waits in, and stay."""
+        self.waiting.run()
+        self._rest()
+
     def close(self) -> None:
         """End the lane wherever it stands; one that runs, as after Ctrl-C, ends at its next block."""
         self.call = None
@@ -110,21 +131,36 @@ class Lane(threading.Thread):
         self._paused.get()
         if self._failure is not None:
             raise self._failure
+        self._rest()
+
+    def _rest(self) -> None:
+        """Let the hidden state wait on the disk if memory is short."""
+        if self._spill is None or self.call is None or not self._spill.is_short:
+            return
+        hidden = self.call.hidden
+        if isinstance(hidden, Tensor) and hidden.nbytes >= _WORTH_IT and hidden.device.type == "cpu":
+            self._slot = self._spill.put(hidden, self._slot)
+            self._is_spilled = True
 
 
 class Lanes:
     """The micro-batches of a calibration set, standing before the same block.
 
     model: called once per lane. blocks: the modules to pause at. batches: keyword arguments of each call.
+    spill: where hidden states wait while memory is short; None keeps all in memory.
     Use it as a context manager: on entry every lane runs up to its first block, on exit all are ended and the
     model's modules are as they were.
     """
 
     def __init__(
-        self, model: Callable[..., Any], blocks: Sequence[nn.Module], batches: Sequence[Mapping[str, Any]]
+        self,
+        model: Callable[..., Any],
+        blocks: Sequence[nn.Module],
+        batches: Sequence[Mapping[str, Any]],
+        spill: Spill | None = None,
     ) -> None:
         self._blocks = list(dict.fromkeys(blocks))
-        self._lanes = [Lane(model, batch) for batch in batches]
+        self._lanes = [Lane(model, batch, spill) for batch in batches]
 
     def __enter__(self) -> "Lanes":
         for block in self._blocks:

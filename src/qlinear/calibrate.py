@@ -164,7 +164,7 @@ def calibrate(
                 if advance:
                     lane.step()
                 else:
-                    lane.waiting.run()
+                    lane.rehearse()
         return {w: c.gathered(f"{prefix}.{w.module}") for w, c in collectors.items() if c.tokens}
 
     parts = ranks.each(gather)

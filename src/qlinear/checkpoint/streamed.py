@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..blocks import Lanes, find_blocks
+from ..memory import Spill
 from ..nn import QLinear
 from ..ops.weight_only import multiplies_in
 from ..scheme import Scheme
@@ -70,9 +71,15 @@ class StreamedModel:
         sources = self.names.sources(name) if name in self.names.names_in("") else []
         return self._view.schemes.get(sources[0].removesuffix(".weight")) if sources else None
 
+    @property
+    def block_nbytes(self) -> int:
+        """Bytes of the largest block's parameters in memory, in what is computed in."""
+        sizes = [sum(p.numel() for p in block.parameters()) for block in self.blocks.values()]
+        return max(sizes) * self.dtype.itemsize
+
     @contextmanager
-    def lanes(self, batches: Sequence[Mapping[str, Any]]) -> Iterator[Lanes]:
-        """The batches as lanes through the model, standing before the first block.
+    def lanes(self, batches: Sequence[Mapping[str, Any]], spill: Spill | None = None) -> Iterator[Lanes]:
+        """The batches as lanes through the model, standing before the first block; `spill` as for `Lanes`.
 
         What lies outside of the blocks stays in memory, but for the tables of embeddings: every lane has read them by
         then, and they can be as large as several blocks.
@@ -82,7 +89,7 @@ class StreamedModel:
             self.names.materialize(part)
         try:
             with (
-                Lanes(self.model, [*self.blocks.values(), self.head], batches) as lanes,
+                Lanes(self.model, [*self.blocks.values(), self.head], batches, spill) as lanes,
                 self._tables_left_out(),
             ):
                 yield lanes

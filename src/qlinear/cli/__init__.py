@@ -123,6 +123,10 @@ def quantize(
     dtype: Dtype = None,
     seed: Annotated[int, typer.Option(help="Chooses the calibration sequences.")] = 0,
     max_shard_size: Annotated[str, typer.Option(help="Bytes of one shard: 5GB, 500MB.")] = "5GB",
+    max_memory: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Memory to stay within, 6GB: beyond it, the calibration set waits on the disk."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the checkpoint that is in OUT.")] = False,
     resume: Annotated[
         bool, typer.Option(help="Go on with an unfinished run into OUT, or start anew.")
@@ -140,7 +144,9 @@ def quantize(
             model, out, scheme, smooth=_alpha(smooth), migration_scale=cast(Any, migration_scale),
             algorithm=cast(Any, algorithm), propagate=propagate, scheme_for=_pairs(scheme_for),
             keep_worst=keep_worst, format=format, calibration=calibration, samples=samples, seq_len=seq_len,
-            stats=stats, ignore=ignore, dtype=dtype, seed=seed, max_shard_size=_bytes(max_shard_size),
+            stats=stats, ignore=ignore, dtype=dtype, seed=seed,
+            max_shard_size=_bytes(max_shard_size, "--max-shard-size"),
+            max_memory=None if max_memory is None else _bytes(max_memory, "--max-memory"),
             overwrite=overwrite, resume=resume, trust_remote_code=trust_remote_code, revision=revision,
             progress=bars.update,
         )  # fmt: skip
@@ -353,13 +359,13 @@ def _alpha(text: str | None) -> Any:
         return text
 
 
-def _bytes(text: str) -> int:
+def _bytes(text: str, option: str) -> int:
     """A size such as 5GB, 500MB or 1024 in bytes."""
     units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
     number = text.upper().rstrip("KMGB")
     unit = text.upper()[len(number) :]
     if unit not in units or not number.strip().replace(".", "", 1).isdigit():
-        raise QLinearError(f"--max-shard-size must be a size such as 5GB or 500MB; got {text!r}")
+        raise QLinearError(f"{option} must be a size such as 5GB or 500MB; got {text!r}")
     return int(float(number) * units[unit])
 
 

@@ -30,7 +30,14 @@ from ..inputs import calibration_ids, open_model
 from ..plan import make_plan
 from ..ranks import Ranks
 from ..scheme import Scheme, get_scheme
-from .arguments import quantization_config, require_algorithm, require_count, require_statistics, smoothing_of
+from .arguments import (
+    memory_limit,
+    quantization_config,
+    require_algorithm,
+    require_count,
+    require_statistics,
+    smoothing_of,
+)
 from .journal import can_be_taken_up, is_unfinished
 from .order import Order, Result, carry_out
 from .recipe import Algorithm, Layer, Progress, Recipe
@@ -59,6 +66,7 @@ def quantize(
     dtype: str | torch.dtype | None = None,
     seed: int = 0,
     max_shard_size: int = 5 * 10**9,
+    max_memory: int | None = None,
     overwrite: bool = False,
     resume: bool = True,
     trust_remote_code: bool = False,
@@ -77,6 +85,7 @@ def quantize(
     "awq" or "qlinear". calibration: text (a file, "demo", a Hub id, an iterable of strings), "random", or token ids
     (n, seq_len). samples, seq_len: how much of it is used. stats: what `qlinear calibrate` wrote, instead of that.
     ignore: patterns of linears to leave in float; the output head if None. dtype: what the calibration computes in.
+    max_memory: bytes to stay within; hidden states of the calibration set wait on the disk beyond it.
     resume: go on with an unfinished run into `out`; False starts anew. progress: called with (stage, done, total).
     Raises QLinearError, before any work, for whatever cannot be done; nothing is written then.
     """
@@ -103,6 +112,7 @@ def quantize(
         if ranks.leads:
             require_space(out, plan.nbytes)
         statistics = None if stats is None else require_statistics(stats, source, recipe)
+        memory = memory_limit(max_memory, source)
         tokens = None
         if recipe.needs_data:
             # With statistics at hand, tokens only serve to find and prove folds.
@@ -118,7 +128,7 @@ def quantize(
         "seq_len": seq_len if tokens is None else tokens.shape[1], "seed": seed,
         "dtype": str(source.dtype).removeprefix("torch."), "max_shard_size": max_shard_size,
     }  # fmt: skip
-    order = Order(source, plan, recipe, tokens, statistics, settings)
+    order = Order(source, plan, recipe, tokens, statistics, memory, settings)
     goes_on = ranks.first(lambda: taken_up)
     return carry_out(
         order, out, goes_on=goes_on, overwrite=overwrite, ranks=ranks, began=began, progress=progress

@@ -8,9 +8,13 @@ from ..checkpoint import StreamedModel
 from ..checkpoint.layout import Layout
 from ..checkpoint.statistics import Statistics, load_statistics
 from ..errors import SchemeError
+from ..memory import resident
 from ..plan import Plan, file_names
 from ..scheme import Scheme
 from .recipe import Algorithm, Recipe
+
+# How much the work on a block takes at its peak: its weights, what becomes of them, and what passes through them.
+_BLOCKS_AT_ONCE = 3
 
 
 def require_statistics(stats: str | Path, source: StreamedModel, recipe: Recipe) -> Statistics:
@@ -76,3 +80,17 @@ def require_count(keep_worst: int, scheme: Scheme | None) -> int:
             f"{'none' if scheme is None else scheme.name!r}"
         )
     return keep_worst
+
+
+def memory_limit(max_memory: int | None, source: StreamedModel) -> int | None:
+    """The resident bytes beyond which hidden states are to wait on the disk. Raises SchemeError if too few are allowed.
+
+    What comes after the calibration of a block, its smoothed copies and codes, needs room too.
+    """
+    least = resident() + _BLOCKS_AT_ONCE * source.block_nbytes
+    if max_memory is not None and max_memory < least:
+        raise SchemeError(
+            f"max_memory must be at least {least / 1e9:.1f}GB, for what is loaded already and {_BLOCKS_AT_ONCE} times "
+            f"the largest block; got {max_memory / 1e9:.1f}GB"
+        )
+    return None if max_memory is None else max_memory - (_BLOCKS_AT_ONCE - 1) * source.block_nbytes

@@ -19,6 +19,7 @@ from ..calibrate import calibrate
 from ..checkpoint import Checkpoint, StreamedModel
 from ..checkpoint.statistics import Statistics
 from ..errors import StructureError
+from ..memory import Spill
 from ..ranks import Ranks
 from ..structure import Fold, examine, find_groups
 from .recipe import Findings, Layer, Progress, Recipe, joined, unseen
@@ -41,7 +42,8 @@ class Job:
 
     recipe: what is done to each of them. tokens: the calibration set (n, seq_len), None where nothing needs it.
     statistics: of an earlier calibration, which then stand for what this set would give. writer, journal: where
-    results go, and what remembers them. ranks: the processes that share the work.
+    results go, and what remembers them. ranks: the processes that share the work. spill: where hidden states wait
+    while memory is short.
     """
 
     def __init__(
@@ -54,8 +56,9 @@ class Job:
         progress: Progress,
         statistics: Statistics | None = None,
         ranks: Ranks = _ALONE,
+        spill: Spill | None = None,
     ) -> None:
-        self.statistics, self.ranks = statistics, ranks
+        self.statistics, self.ranks, self.spill = statistics, ranks, spill
         self.source, self.recipe, self.tokens, self.progress = source, recipe, tokens, progress
         self.journal = journal
         self.blocks = BlockWriter(source, writer, recipe, journal.done, ranks)
@@ -94,7 +97,7 @@ class Job:
         self.progress("quantizing", len(self.source.blocks), len(self.source.blocks))
 
     def _run_calibrated(self, tokens: Tensor) -> None:
-        with torch.no_grad(), self.source.lanes(self._batches(tokens)) as lanes:
+        with torch.no_grad(), self.source.lanes(self._batches(tokens), self.spill) as lanes:
             while (block := lanes.at) is not None and block is not self.source.head:
                 with self._loaded(block):
                     if self.source.name_of(block) in self.journal.done.blocks:

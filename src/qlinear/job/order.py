@@ -1,9 +1,7 @@
 """An order for the job, with all that was asked for checked, and how it is carried out."""
 
-import resource
-import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from ..checkpoint import Checkpoint, StreamedModel, clear
 from ..checkpoint.statistics import Statistics
+from ..memory import Spill, peak_rss
 from ..plan import Plan
 from ..ranks import Ranks
 from .arguments import quantization_config
@@ -43,13 +42,15 @@ class Result:
 @dataclass(frozen=True, slots=True)
 class Order:
     """What is to be done. tokens: the calibration set (n, seq_len), statistics: those of an earlier one; None where
-    nothing needs them. settings: what was asked for, as the journal and the model card have it."""
+    nothing needs them. memory: bytes that the process may hold before hidden states go to the disk. settings: what was
+    asked for and decides the result, as the journal and the model card have it."""
 
     source: StreamedModel
     plan: Plan
     recipe: Recipe
     tokens: Tensor | None
     statistics: Statistics | None
+    memory: int | None
     settings: dict[str, Any]
 
 
@@ -61,8 +62,15 @@ def carry_out(
     if not goes_on:
         ranks.first(lambda: _prepare(source, out, overwrite, progress))
     writer, journal = _begun(order, out, ranks)
-    job = Job(source, writer, journal, order.recipe, order.tokens, progress, order.statistics, ranks)
-    with leaving_no_trace(job, out, existed) if ranks.leads else nullcontext():
+    with ExitStack() as stack:
+        spill = None
+        if order.memory is not None:
+            spill = stack.enter_context(closing(Spill(order.memory, out if ranks.leads else None)))
+        job = Job(
+            source, writer, journal, order.recipe, order.tokens, progress, order.statistics, ranks, spill
+        )
+        if ranks.leads:
+            stack.enter_context(leaving_no_trace(job, out, existed))
         job.run()
         ranks.first(lambda: _finish(order, job, out))
     journal.remove()
@@ -97,9 +105,3 @@ def _finish(order: Order, job: Job, out: Path) -> None:
     record = {"settings": order.settings, "layers": [asdict(layer) for layer in job.layers]}
     untied = source.head_name in plan.chosen and source.model.config.tie_word_embeddings
     finish(out, source, config, untied, record, job.blocks.writer.checksums)
-
-
-def peak_rss() -> int:
-    """The most memory that this process has had resident, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
