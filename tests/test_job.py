@@ -366,3 +366,22 @@ def test_too_little_memory_is_refused_before_anything_is_written(tmp_path: Path)
     with pytest.raises(QLinearError, match=r"max_memory must be at least .*GB.*got 0\.0GB"):
         qlinear.quantize(source, tmp_path / "out", calibration=IDS, max_memory=1 << 20)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"smooth": "off"}, {"algorithm": "gptq", "max_memory": 1 << 40}, {"scheme": "w4a16-g32"}]
+)
+def test_a_plan_tells_the_size_and_writes_nothing(tmp_path: Path, options: dict[str, Any]) -> None:
+    source = save_model(
+        tmp_path / "source", hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2
+    )
+    ids = torch.arange(6 * 50).remainder(90).add(3).reshape(6, 50)
+    asked: dict[str, Any] = {"calibration": ids, "seq_len": 50, **options}
+    plan = qlinear.quantize(source, tmp_path / "out", plan=True, **asked)
+    assert not (tmp_path / "out").exists()
+    assert (plan.planned, plan.layers) == (True, ())
+    assert plan.seconds > 0
+    assert plan.peak_rss_bytes > 1 << 27
+    done = qlinear.quantize(source, tmp_path / "out", **asked)
+    assert not done.planned
+    assert plan.total_size == pytest.approx(done.total_size, rel=0.1)

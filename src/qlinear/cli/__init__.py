@@ -127,6 +127,9 @@ def quantize(
         Optional[str],  # noqa: UP045
         typer.Option(help="Memory to stay within, 6GB: beyond it, the calibration set waits on the disk."),
     ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only say what it will take: time, memory, disk.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace the checkpoint that is in OUT.")] = False,
     resume: Annotated[
         bool, typer.Option(help="Go on with an unfinished run into OUT, or start anew.")
@@ -147,7 +150,7 @@ def quantize(
             stats=stats, ignore=ignore, dtype=dtype, seed=seed,
             max_shard_size=_bytes(max_shard_size, "--max-shard-size"),
             max_memory=None if max_memory is None else _bytes(max_memory, "--max-memory"),
-            overwrite=overwrite, resume=resume, trust_remote_code=trust_remote_code, revision=revision,
+            plan=plan, overwrite=overwrite, resume=resume, trust_remote_code=trust_remote_code, revision=revision,
             progress=bars.update,
         )  # fmt: skip
     if ranks.leads:

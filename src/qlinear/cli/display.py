@@ -89,14 +89,16 @@ class Bars:
 
 
 def show_result(result: Result) -> None:
-    """The summary of a job: what it made, from how much, and which layers it hurt most."""
+    """The summary of a job: what it made, or would make, from how much, and which layers it hurt most."""
     smoothed = sum(layer.migration != "none" for layer in result.layers)
     summary = _table("", "", title=f"[bold]{escape(result.out)}[/bold]")
-    summary.add_row("linears quantized", f"{len(result.layers)}  ({smoothed} smoothed)")
+    if not result.planned:
+        summary.add_row("linears quantized", f"{len(result.layers)}  ({smoothed} smoothed)")
     share = result.total_size / result.source_size
     summary.add_row("size", f"{_size(result.source_size)} → {_size(result.total_size)}  ({share:.0%})")
-    summary.add_row("time", f"{result.seconds:.1f} s")
-    summary.add_row("peak memory", _size(result.peak_rss_bytes))
+    about = "about " if result.planned else ""
+    summary.add_row("time", f"{about}{result.seconds:.1f} s")
+    summary.add_row("peak memory", about + _size(result.peak_rss_bytes))
     _print(summary)
     worst = sorted(result.layers, key=lambda layer: -layer.error)[:_WORST]
     if worst:

@@ -12,6 +12,7 @@ loop       one visible loop over the blocks:
   simulate     what the next blocks see of a quantized one
 sink       where results go: of several processes, one writes
 journal    what is finished, for a run that is killed
+forecast   what it will take, without doing it
 finish     what makes a folder of shards a checkpoint
 """
 
@@ -38,6 +39,7 @@ from .arguments import (
     require_statistics,
     smoothing_of,
 )
+from .forecast import forecast
 from .journal import can_be_taken_up, is_unfinished
 from .order import Order, Result, carry_out
 from .recipe import Algorithm, Layer, Progress, Recipe
@@ -67,6 +69,7 @@ def quantize(
     seed: int = 0,
     max_shard_size: int = 5 * 10**9,
     max_memory: int | None = None,
+    plan: bool = False,
     overwrite: bool = False,
     resume: bool = True,
     trust_remote_code: bool = False,
@@ -86,6 +89,7 @@ def quantize(
     (n, seq_len). samples, seq_len: how much of it is used. stats: what `qlinear calibrate` wrote, instead of that.
     ignore: patterns of linears to leave in float; the output head if None. dtype: what the calibration computes in.
     max_memory: bytes to stay within; hidden states of the calibration set wait on the disk beyond it.
+    plan: only say what it will take, after a short trial; nothing is written.
     resume: go on with an unfinished run into `out`; False starts anew. progress: called with (stage, done, total).
     Raises QLinearError, before any work, for whatever cannot be done; nothing is written then.
     """
@@ -102,15 +106,15 @@ def quantize(
         if ranks.leads and not taken_up:
             require_empty(out, overwrite or is_unfinished(out), source.checkpoint.path)
         others = {pattern: get_scheme(each) for pattern, each in (scheme_for or {}).items()}
-        plan = make_plan(source, wanted, ignore, format in HOLD_TRANSPOSED, others)
+        chosen = make_plan(source, wanted, ignore, format in HOLD_TRANSPOSED, others)
         recipe = Recipe(
-            plan.schemes, layout, require_algorithm(algorithm), smoothing_of(smooth, algorithm, wanted),
+            chosen.schemes, layout, require_algorithm(algorithm), smoothing_of(smooth, algorithm, wanted),
             algorithm != "rtn" if propagate is None else propagate, require_count(keep_worst, wanted), keep,
         )  # fmt: skip
-        require_floats(source, plan)
-        quantization_config(source, layout, plan, ())  # a layout may have no place for what was asked for
+        require_floats(source, chosen)
+        quantization_config(source, layout, chosen, ())  # a layout may have no place for what was asked for
         if ranks.leads:
-            require_space(out, plan.nbytes)
+            require_space(out, chosen.nbytes)
         statistics = None if stats is None else require_statistics(stats, source, recipe)
         memory = memory_limit(max_memory, source)
         tokens = None
@@ -128,7 +132,9 @@ def quantize(
         "seq_len": seq_len if tokens is None else tokens.shape[1], "seed": seed,
         "dtype": str(source.dtype).removeprefix("torch."), "max_shard_size": max_shard_size,
     }  # fmt: skip
-    order = Order(source, plan, recipe, tokens, statistics, memory, settings)
+    order = Order(source, chosen, recipe, tokens, statistics, memory, settings)
+    if plan:
+        return ranks.first(lambda: forecast(order, out, began, progress, ranks.size))
     goes_on = ranks.first(lambda: taken_up)
     return carry_out(
         order, out, goes_on=goes_on, overwrite=overwrite, ranks=ranks, began=began, progress=progress

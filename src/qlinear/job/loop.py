@@ -7,7 +7,7 @@
 A block that an interrupted run has finished is not worked on again: the set passes through it as it did then.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,7 +33,7 @@ from .writing import BlockWriter
 # Tokens for experiments: many sequences of one token to find folds, a few real ones to prove them.
 _PROBE, _PROOF = 64, (2, 16)
 # Tokens that pass through a block at once: enough to fill a matrix product, few enough to stay small.
-_BATCH_TOKENS = 1024
+BATCH_TOKENS = 1024
 _ALONE = Ranks()
 
 
@@ -83,20 +83,26 @@ class Job:
 
     def run(self) -> None:
         """Every block, then what belongs to none."""
-        if self.tokens is None:
-            for name, block in self.source.blocks.items():
-                if name not in self.journal.done.blocks:
-                    with self._loaded(block):
-                        self._write(self._findings(block))
-        else:
-            self._run_calibrated(self.tokens)
+        for _ in self.steps():
+            pass
         if self.source.head_name in self.recipe.schemes:
             with self._loaded(self.source.head):
                 self.blocks.write(self._findings(self.source.head))
         self.blocks.finish()
         self.progress("quantizing", len(self.source.blocks), len(self.source.blocks))
 
-    def _run_calibrated(self, tokens: Tensor) -> None:
+    def steps(self) -> Generator[str]:
+        """Every block that is not finished yet, in the model's order: its name, when it is."""
+        if self.tokens is not None:
+            yield from self._calibrated_steps(self.tokens)
+            return
+        for name, block in self.source.blocks.items():
+            if name not in self.journal.done.blocks:
+                with self._loaded(block):
+                    self._write(self._findings(block))
+                yield name
+
+    def _calibrated_steps(self, tokens: Tensor) -> Iterator[str]:
         with torch.no_grad(), self.source.lanes(self._batches(tokens), self.spill) as lanes:
             while (block := lanes.at) is not None and block is not self.source.head:
                 with self._loaded(block):
@@ -104,6 +110,7 @@ class Job:
                         self._replayed(block, *lanes)
                     else:
                         self._calibrated(block, *lanes)
+                yield self.source.name_of(block)
             require_agreement(lanes[1], lanes[2], self.source.checkpoint)
 
     @contextmanager
@@ -196,7 +203,7 @@ def experiments(tokens: Tensor) -> list[dict[str, Any]]:
 
 def calibration_batches(tokens: Tensor) -> list[dict[str, Any]]:
     """The calibration set (n, seq_len) as model calls."""
-    return batches_of(tokens, max(1, _BATCH_TOKENS // tokens.shape[1]))
+    return batches_of(tokens, max(1, BATCH_TOKENS // tokens.shape[1]))
 
 
 def require_agreement(original: Lane, smoothed: Lane, checkpoint: Checkpoint) -> None:
