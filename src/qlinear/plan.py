@@ -164,7 +164,7 @@ def _cut_by_ranks(linears: Mapping[str, tuple[int, ...]], schemes: Mapping[str, 
 
 def _nothing_left(source: StreamedModel, transposed: bool) -> str:
     if transposed_linears(source.model) and not transposed:
-        return "this model's linears store (in, out), which only --format qlinear or lmdeploy holds quantized: ask for one"
+        return "this model's linears store (in, out), which only --format qlinear or lmdeploy holds quantized"
     return "ignore leaves nothing to quantize: drop a pattern"
 
 
