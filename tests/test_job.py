@@ -373,7 +373,7 @@ def test_too_little_memory_is_refused_before_anything_is_written(tmp_path: Path)
 )
 def test_a_plan_tells_the_size_and_writes_nothing(tmp_path: Path, options: dict[str, Any]) -> None:
     source = save_model(
-        tmp_path / "source", hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2
+        tmp_path / "source", hidden_size=96, intermediate_size=64, num_hidden_layers=3, head_dim=32
     )
     ids = torch.arange(6 * 50).remainder(90).add(3).reshape(6, 50)
     asked: dict[str, Any] = {"calibration": ids, "seq_len": 50, **options}
