@@ -9,6 +9,7 @@ Prints one line of JSON: the seconds from loading to saving, and the versions.
 
 import argparse
 import json
+import shutil
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -38,6 +39,9 @@ def main() -> None:
     )  # fmt: skip
     rounder.quantize_and_save(str(args.out), format="fake")
     seconds = time.monotonic() - began
+    for made in args.out.glob("*-w4g128"):  # it makes a folder of its own inside, named after the model
+        shutil.copytree(made, args.out, dirs_exist_ok=True)
+        shutil.rmtree(made)
     packages = ("auto-round", "transformers", "torch")
     print(json.dumps({"seconds": seconds, "versions": {name: version(name) for name in packages}}))
 
