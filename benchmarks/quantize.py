@@ -94,6 +94,11 @@ def make_checkpoint(folder: Path, layers: int) -> None:
             made = torch.randn(tensor.shape, generator=generator).mul_(0.02)
         writer.add(name, made.to(torch.bfloat16))
     writer.finish()
+    copy_tokenizer(folder)
+
+
+def copy_tokenizer(folder: Path) -> None:
+    """The demo's tokenizer, for a checkpoint of random weights."""
     tokenizer = Checkpoint.open(demo.checkpoint_path())
     for file in tokenizer.other_files():
         if file.name.startswith(("tokenizer", "special_tokens")):

@@ -126,7 +126,8 @@ def test_checksums_go_on_where_a_writer_was_interrupted(tmp_path: Path) -> None:
     for i, (name, tensor) in enumerate(tensors.items()):
         whole.add(name, tensor)
         if i == 4:
-            state = halves.commit()
+            state, sync = halves.commit()
+            sync()
             halves.add("lost", torch.ones(3))
             halves.close()
             halves = ShardWriter.resume(tmp_path / "halves", state)

@@ -4,6 +4,7 @@ import errno
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,12 @@ def random_tensor(shape: list[int], dtype: torch.dtype, seed: int) -> torch.Tens
     count = torch.Size(shape).numel() * dtype.itemsize
     raw = torch.randint(0, 2, (count,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     return raw.view(dtype).reshape(shape)
+
+
+def committed(writer: ShardWriter) -> dict[str, Any]:
+    state, sync = writer.commit()
+    sync()
+    return state
 
 
 @st.composite
@@ -79,7 +86,7 @@ def test_a_resumed_writer_gives_the_same_bytes(
         writer = ShardWriter(resumed, limit)
         for name, tensor in tensors[:commit_at]:
             writer.add(name, tensor)
-        state = json.dumps(writer.commit())
+        state = json.dumps(committed(writer))
         for name, tensor in tensors[commit_at:lost]:
             writer.add(name, tensor)
         if finished:
@@ -96,7 +103,7 @@ def test_a_resumed_writer_gives_the_same_bytes(
 def test_resuming_without_the_committed_bytes_is_refused(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path)
     writer.add("x", torch.ones(64))
-    state = writer.commit()
+    state = committed(writer)
     writer.close()
     with (tmp_path / ".model-00001.safetensors.partial").open("rb+") as file:
         file.truncate(1000)
@@ -208,7 +215,7 @@ def test_a_full_disk_is_named_and_what_was_committed_stays(
 ) -> None:
     writer = ShardWriter(tmp_path)
     writer.add("a", torch.ones(8))
-    state = writer.commit()
+    state = committed(writer)
 
     def full(descriptor: int, data: memoryview) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -10,8 +10,9 @@ import hashlib
 import json
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,15 @@ class Checkpoint:
                 part = buffer[: min(size, info.stop - start)]
                 _read_exactly(file, part, start, info.file)
                 yield part
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Have the system read tensors ahead, while other work goes on: they wait in its page cache, not in ours."""
+        if not hasattr(os, "posix_fadvise"):  # as on macOS
+            return
+        for file, infos in groupby(map(self.info, names), key=lambda info: info.file):
+            with _opened(file) as descriptor:
+                for info in infos:
+                    os.posix_fadvise(descriptor, info.start, info.nbytes, os.POSIX_FADV_WILLNEED)
 
     def fingerprint(self) -> str:
         """A hash by which to know the checkpoint again: of its config, its headers and the start of each tensor.

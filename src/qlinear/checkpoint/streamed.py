@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -119,15 +120,23 @@ class StreamedModel:
 
     @contextmanager
     def loaded(self, block: nn.Module) -> Iterator[nn.Module]:
-        """While open, the weights of a block (or the head) are in memory."""
+        """While open, the weights of a block (or the head) are in memory, and the next block's are read ahead."""
         name = self.name_of(block)
         self._materialize(name)
+        if block is not self.head:
+            self.expect(block)
         try:
             yield block
         finally:
             self.names.release(name)
             for linear in self._quantized_in(name):
                 self.model.set_submodule(linear, _placeholder(self.model.get_submodule(linear)))
+
+    def expect(self, block: nn.Module) -> None:
+        """Have the block after this one read ahead."""
+        for following in list(self.blocks)[self.position(block) + 1 :][:1]:
+            sources = (self.names.sources(name) for name in self.names.names_in(following))
+            self.checkpoint.expect(dict.fromkeys(chain.from_iterable(sources)))
 
     def load(self) -> nn.Module:
         """The whole model in memory, for good."""

@@ -14,7 +14,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,14 +115,23 @@ class ShardWriter:
         info = next(header[name] for header in headers if name in header)
         return Checkpoint(self.folder, {}, {name: info}).read(name)
 
-    def commit(self) -> dict[str, Any]:
-        """Make all that was added durable; returns the JSON-serialisable state that `resume` goes on from."""
-        with writing_to(self.folder):
-            os.fsync(self._file)
-        return {
+    def commit(self) -> tuple[dict[str, Any], Callable[[], None]]:
+        """The JSON-serialisable state that `resume` goes on from, once what was added is durable: the function that is
+        returned makes it so, in whatever thread, while more is added."""
+        state = {
             "max_shard_size": self.max_shard_size, "closed": self._closed, "shard": asdict(self._shard),
             "checksums": dict(self.checksums),
         }  # fmt: skip
+        file = os.dup(self._file)  # this shard may be closed by then
+
+        def sync() -> None:
+            try:
+                with writing_to(self.folder):
+                    os.fsync(file)
+            finally:
+                os.close(file)
+
+        return state, sync
 
     def finish(self) -> dict[str, str]:
         """Close the last shard, give all their final names, write the index; returns the weight map.

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -47,6 +48,8 @@ class Journal:
         self.done = Done()
         self.shards: dict[str, Any] | None = None
         self._lock = lock
+        self._thread = ThreadPoolExecutor(1, "journal")
+        self._pending: Future[None] | None = None
 
     @classmethod
     def open(cls, out: str | Path, settings: Mapping[str, Any]) -> "Journal":
@@ -60,7 +63,7 @@ class Journal:
         if file.is_file():
             self._take_up(json.loads(file.read_text()))
         else:
-            self._save([], [], [], None)
+            write_atomically(file, self._entry(None))
         return self
 
     def _take_up(self, found: Mapping[str, Any]) -> None:
@@ -81,23 +84,34 @@ class Journal:
         self.shards = found["shards"]
 
     def record(self, found: Findings, layers: Sequence[Layer], warnings: Sequence[str], writer: Sink) -> None:
-        """A block is finished, and in the shards."""
-        write_atomically(self._file(len(self.done.blocks)), _smoothing_as_bytes(found))
-        self._save([*self.done.blocks, found.name], layers, warnings, writer.commit())
+        """A block is finished, and in the shards: it is made durable, and noted, while the next one is worked on."""
+        self.settle()
+        file, smoothing = self._file(len(self.done.blocks)), _smoothing_as_bytes(found)
+        shards, sync = writer.commit()
+        self.done = Done([*self.done.blocks, found.name], list(layers), list(warnings))
+        entry = self._entry(shards)
 
-    def _save(
-        self,
-        blocks: list[str],
-        layers: Sequence[Layer],
-        warnings: Sequence[str],
-        shards: dict[str, Any] | None,
-    ) -> None:
+        def save() -> None:
+            sync()
+            write_atomically(file, smoothing)
+            write_atomically(self.folder / "journal.json", entry)
+
+        self._pending = self._thread.submit(save)
+
+    def settle(self) -> None:
+        """Wait until what was recorded is on the disk. Raises OutputError if it cannot be written."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def _entry(self, shards: dict[str, Any] | None) -> bytes:
+        """The journal as it is to be on the disk."""
+        layers = [asdict(layer) for layer in self.done.layers]
         entry = {
-            "settings": self.settings, "blocks": blocks, "layers": [asdict(layer) for layer in layers],
-            "warnings": list(warnings), "shards": shards,
+            "settings": self.settings, "blocks": self.done.blocks, "layers": layers,
+            "warnings": self.done.warnings, "shards": shards,
         }  # fmt: skip
-        write_atomically(self.folder / "journal.json", json.dumps(entry).encode())
-        self.done = Done(blocks, list(layers), list(warnings))
+        return json.dumps(entry).encode()
 
     def smoothing_of(self, block: str) -> tuple[Smoothing, dict[str, Tensor]]:
         """The smoothing that a finished block had, and its gains and biases as that left them."""
@@ -116,10 +130,12 @@ class Journal:
 
     def close(self) -> None:
         """Let go of the folder, which another run may then take up."""
+        self._thread.shutdown()  # what is on its way gets there
         os.close(self._lock)
 
     def remove(self) -> None:
         """The result is whole: nothing is left to be taken up."""
+        self._thread.shutdown()
         shutil.rmtree(self.folder, ignore_errors=True)
         self.close()
 

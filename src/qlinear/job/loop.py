@@ -88,6 +88,7 @@ class Job:
         if self.source.head_name in self.recipe.schemes:
             with self._loaded(self.source.head):
                 self.blocks.write(self._findings(self.source.head))
+        self.journal.settle()
         self.blocks.finish()
         self.progress("quantizing", len(self.source.blocks), len(self.source.blocks))
 

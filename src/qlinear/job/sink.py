@@ -1,6 +1,6 @@
 """Where a job's results go: to the shards and the journal of the rank that writes, or, for the others, nowhere."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -29,8 +29,8 @@ class Sink(Protocol):
     def read(self, name: str) -> Tensor:
         """A tensor that was added."""
 
-    def commit(self) -> dict[str, Any]:
-        """Make it durable."""
+    def commit(self) -> tuple[dict[str, Any], Callable[[], None]]:
+        """What to go on from, and what makes it durable."""
 
     def finish(self) -> dict[str, str]:
         """Give all files their names."""
@@ -59,6 +59,9 @@ class Record(Protocol):
     def smoothing_of(self, block: str) -> tuple[Smoothing, dict[str, Tensor]]:
         """The smoothing that a finished block had."""
 
+    def settle(self) -> None:
+        """Wait until what was recorded is on the disk."""
+
     def remove(self) -> None:
         """The result is whole."""
 
@@ -85,9 +88,9 @@ class Nowhere:
         """Never possible."""
         raise LookupError(f"{name} was not kept")
 
-    def commit(self) -> dict[str, Any]:
+    def commit(self) -> tuple[dict[str, Any], Callable[[], None]]:
         """Nothing is to be made durable."""
-        return {}
+        return {}, lambda: None
 
     def finish(self) -> dict[str, str]:
         """There are no files."""
@@ -109,6 +112,9 @@ class Unrecorded:
     def smoothing_of(self, block: str) -> tuple[Smoothing, dict[str, Tensor]]:
         """Never possible."""
         raise LookupError(f"the smoothing of {block} was not kept")
+
+    def settle(self) -> None:
+        """Nothing is on its way."""
 
     def remove(self) -> None:
         """There is nothing."""
