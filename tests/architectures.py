@@ -130,9 +130,9 @@ def _has(config: PreTrainedConfig, key: str) -> bool:
         return False
 
 
-def small_model(config_class: type[PreTrainedConfig]) -> PreTrainedModel:
+def small_model(config_class: type[PreTrainedConfig], seed: int = 0) -> PreTrainedModel:
     """A random instance in float32, perturbed."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = small_config(config_class)
     with torch.device("meta"):
         count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())

@@ -29,6 +29,8 @@ from qlinear.structure import Fold, InputGroup, consulted, examine, find_groups
 from .architectures import classes, small_model
 
 TOKENS = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(1))
+# What W8A8 is measured on: many more, for what few tokens lose is mostly chance.
+EVALUATED = torch.randint(3, 128, (64, 32), generator=torch.Generator().manual_seed(2))
 LARGER, CHANNELS = 20.0, (3, 17)
 _OF_ATTENTION = re.compile(r"\b[qk]_?(layer)?norm")
 _CONTRACTIONS = {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "__matmul__", "__rmatmul__"}
@@ -41,7 +43,8 @@ class Swept:
 
     difference: of the smoothed model's logits, relative. linears, others: how many nn.Linears, and other weights that
     multiply (experts, Conv1D, raw parameters), its blocks have, and how many of each were folded. kept: the names of
-    the rest. missed: parameters that multiply and are in no group. plain, smoothed: relative error of the logits in
+    the rest. unread: parameters that multiply otherwise than linear layers do, and are named to the user. missed: those
+    that multiply and are in no group, nor unread. plain, smoothed: relative error of the logits in
     W8A8, without smoothing and with it; None if the model does not let its linears be replaced.
     """
 
@@ -49,23 +52,25 @@ class Swept:
     linears: tuple[int, int] = (0, 0)
     others: tuple[int, int] = (0, 0)
     kept: list[str] = field(default_factory=list)
+    unread: set[str] = field(default_factory=set)
     missed: set[str] = field(default_factory=set)
     plain: float | None = None
     smoothed: float | None = None
 
 
 @cache
-def sweep(name: str) -> Swept:
-    """Build the class, smooth it, and compare."""
-    model = small_model(CLASSES[name])
-    inputs = _inputs(model, TOKENS)
+def sweep(name: str, seed: int = 0) -> Swept:
+    """Build an instance of the class, smooth it, and compare."""
+    model = small_model(CLASSES[name], seed)
+    inputs, evaluated = _inputs(model, TOKENS), _inputs(model, EVALUATED)
     _plant(model, inputs)
     expected, called, multiplied = _run(model, inputs)
     called -= {model.get_submodule(name) for name in consulted(model, find_blocks(model))}
-    swept = Swept(plain=_w8a8(model, inputs, expected, called, {}))
+    exact = _logits(model, evaluated)
+    swept = Swept(plain=_w8a8(model, evaluated, exact, called, {}))
     kept = _smooth(model, swept, multiplied)
     swept.difference = _difference(_logits(model, inputs), expected)
-    swept.smoothed = _w8a8(model, inputs, expected, called, kept)
+    swept.smoothed = _w8a8(model, evaluated, exact, called, kept)
     return swept
 
 
@@ -166,8 +171,9 @@ def _smooth(model: PreTrainedModel, swept: Swept, multiplied: set[str]) -> dict[
     likely: list[Fold] = []
     with torch.no_grad(), Lanes(model, [*blocks.values(), head], batches) as lanes:
         while (block := lanes.at) is not None and block is not head:
-            likely, groups, vectors = smooth_block(block, list(lanes), likely, shared[block])
             name = names[id(block)]
+            likely, groups, vectors, unread = smooth_block(block, list(lanes), likely, shared[block])
+            swept.unread |= {f"{name}.{parameter}" for parameter in unread}
             if name not in visited:
                 _count(block, groups, swept, name)
             visited.add(name)
@@ -176,14 +182,15 @@ def _smooth(model: PreTrainedModel, swept: Swept, multiplied: set[str]) -> dict[
                 if group.fold is None:
                     kept |= {block.get_submodule(weight.module): s for weight in group.weights}
     inside = tuple(f"{name}." for name in visited)
-    swept.missed = {name for name in multiplied if name.startswith(inside)} - grouped
+    swept.missed = {name for name in multiplied if name.startswith(inside)} - grouped - swept.unread
     return kept
 
 
 def smooth_block(
     block: nn.Module, lanes: list[Lane], likely: list[Fold], shared: frozenset[str]
-) -> tuple[list[Fold], list[InputGroup], list[Tensor]]:
-    """Smooth a block as the job does, without rounding; returns the folds, all groups, and their vectors."""
+) -> tuple[list[Fold], list[InputGroup], list[Tensor], frozenset[str]]:
+    """Smooth a block as the job does, without rounding; returns the folds, all groups and their vectors, and what
+    could not be read."""
     probe, proof, *calibration = lanes
     trace, folds = examine(block, probe.waiting, proof.waiting, likely, shared)
     stats = calibrate(block, [*calibration, probe, proof], trace)
@@ -198,7 +205,7 @@ def smooth_block(
     for weight in {p.weight for p in trace.products if smoothing.touches(p.weight)}:
         matrix = weight.of(block).detach()
         matrix.copy_(smoothing.apply(weight, matrix))
-    return folds, groups, vectors[::-1]
+    return folds, groups, vectors[::-1], trace.unread
 
 
 def _count(block: nn.Module, groups: list[InputGroup], swept: Swept, name: str) -> None:

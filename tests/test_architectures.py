@@ -1,5 +1,8 @@
 """Smoothing leaves the logits of every architecture as they were, and misses no weight that multiplies in a block."""
 
+import math
+from statistics import mean, stdev
+
 import pytest
 
 from .sweep import CLASSES, sweep
@@ -13,8 +16,8 @@ NOT_BUILT = {
     "Musicgen": "transformers maps the config of the whole to the class of its decoder, which refuses it",
     "MusicgenMelody": "transformers maps the config of the whole to the class of its decoder, which refuses it",
 }
-# Raw parameters that multiply inside an einsum are no linear layers to anybody, and nothing is done to them.
-EINSUM = {"XLNet"}
+# XLNet's raw parameters of three dimensions multiply in einsums that are no linear layers: they are named, and stay.
+UNREAD = {"XLNet"}
 
 # One of each kind: plain, biased, 1 + gain, fused, parallel, sandwiched, transposed, clipped, without gains, with
 # latent attention, with experts in a list, in a stack, batched, cut from one matrix, or with a bias, squared, gated by
@@ -29,14 +32,33 @@ KINDS = {
 LEAST_SHARE = 1291 / 2206
 
 
+# Instances that are looked at where one by itself came out worse.
+INSTANCES = 3
+
+
+def is_worse(name: str) -> bool:
+    """Whether smoothing costs instances of the class more than chance does, and more than 2%.
+
+    In models that normalise after a layer, two large channels make most of the logits, and so two rows of a weight most
+    of the error: how they happen to round changes it by half, up or down. And where norms have no gain, no channel is
+    large here, so that there is nothing to gain either.
+    """
+    several = [sweep(name, seed) for seed in range(INSTANCES)]
+    ratios = [math.log(s.smoothed / s.plain) for s in several if s.smoothed and s.plain]
+    return mean(ratios) - 2 * stdev(ratios) / len(ratios) ** 0.5 > math.log(1.02)
+
+
 @pytest.mark.parametrize("name", sorted(CLASSES.keys() - NOT_BUILT))
 @pytest.mark.filterwarnings("default")  # what other people's models warn of is theirs
-def test_smoothing_keeps_the_logits_and_misses_nothing(name: str) -> None:
+def test_smoothing_keeps_the_logits_misses_nothing_and_costs_w8a8_nothing(name: str) -> None:
     swept = sweep(name)
     assert swept.difference < 1e-4
-    assert bool(swept.missed) == (name in EINSUM), (
-        "a weight that multiplies is in a group, or it is known not to be"
-    )
+    assert not swept.missed, "a weight that multiplies is in a group, or it is named as one that is not"
+    assert bool(swept.unread) == (name in UNREAD)
+    assert swept.plain is not None, "every model lets its linears be replaced"
+    assert swept.smoothed is not None
+    # Without an nn.Linear in its blocks, as in GPT-2, a model loses nothing.
+    assert not swept.plain or swept.smoothed <= swept.plain or not is_worse(name)
 
 
 @pytest.mark.parametrize("name", KINDS)
