@@ -104,7 +104,7 @@ def test_its_codes_are_those_of_the_paper(scheme: Scheme, columns: int) -> None:
     weight, moment = weight_of(3, 40, columns), moment_of(x)
     factor = factorize(moment)
     assert factor is not None
-    result = gptq(weight, scheme, moment, factor, grid="extremes")
+    result = gptq(weight, scheme, moment, factor, grid="extremes", sweeps=0)
     assert result.rows_kept == 0
     found = result.weight
     zero = torch.zeros_like(found.scale) if found.zero_point is None else found.zero_point

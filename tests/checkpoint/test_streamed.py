@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import qlinear
 from qlinear.blocks import batches_of
 from qlinear.checkpoint import Checkpoint, StreamedModel
 
@@ -25,3 +26,12 @@ def test_tables_of_embeddings_leave_memory_and_are_read_again_where_they_are_cal
     assert table.weight.is_meta
     stored = source.checkpoint.read("model.embed_tokens.weight")
     assert torch.equal(hidden, stored[ids].to(hidden.dtype))
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "awq", "qlinear"])
+def test_blocks_of_packed_codes_are_read_ahead_too(tmp_path: Path, format: str) -> None:
+    shape = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 32}
+    source, scheme = save_model(tmp_path / "source", **shape), "w4a16-asym" if format == "awq" else "w4a16"
+    qlinear.quantize(source, tmp_path / "out", scheme, smooth="off", format=format)
+    cost = qlinear.evaluate(tmp_path / "out", source, data="random", tokens=40, seq_len=20)
+    assert cost.kl is not None

@@ -23,7 +23,9 @@ from torch import Tensor
 from ..errors import NumericsError
 from ..numerics import QuantizedTensor, choose_qparams, dequantize, quantize, quantize_tensor, require_finite
 from ..scheme import Scheme, TensorFormat
+from .descent import descend
 from .grid import least_error_qparams
+from .tiles import by_tile_column
 
 _DAMPING = 0.01
 _PANEL = 512
@@ -101,13 +103,15 @@ def gptq(
     factor: Factor | None,
     *,
     grid: Literal["least-error", "extremes"] = "least-error",
+    sweeps: int = 2,
     scale_dtype: torch.dtype = torch.float32,
     name: str = "weight",
 ) -> Rounded:
     """Codes of a weight whose output error on the calibration inputs is never above round to nearest's.
 
     weight: (out, in) float32. moment: the mean of x xᵀ (in, in) float32; factor: `factorize(moment)`, shared by all
-    weights that read x. grid: scales from `least_error_qparams` or from the extremes of each tile. scale_dtype: what
+    weights that read x. grid: scales from `least_error_qparams` or from the extremes of each tile. sweeps:
+    of the descent that follows. scale_dtype: what
     scales are rounded to before codes are chosen. Raises NumericsError, with `name`, on NaN or infinity, and
     SchemeError where the scheme does not fit.
     """
@@ -126,6 +130,7 @@ def gptq(
     else:
         scale, zero_point = choose_qparams(weight, fmt, scale_dtype)
     found = QuantizedTensor(_propagate(weight, factor, scale, zero_point, fmt), scale, zero_point, fmt)
+    found = descend(weight, found, moment, sweeps, scale_dtype)
     losses = row_losses(weight - found.dequantize(), moment)
     keep = losses > rtn_losses
     if fmt.tile(weight.shape)[0] > 1:  # rows share scales, and are kept or not together
@@ -168,8 +173,8 @@ def _propagate(
     targets = weight.T[order]
     errors = targets.clone()
     codes = torch.empty(targets.shape, dtype=fmt.storage, device=weight.device)
-    scales = _by_tile_column(scale, fmt, weight.shape)
-    zeros = None if zero_point is None else _by_tile_column(zero_point, fmt, weight.shape)
+    scales = by_tile_column(scale, fmt, weight.shape)
+    zeros = None if zero_point is None else by_tile_column(zero_point, fmt, weight.shape)
     tile_of = (order // fmt.tile(weight.shape)[1]).tolist()
     one_scale_each = TensorFormat(fmt.dtype, "token", symmetric=fmt.symmetric)
 
@@ -190,9 +195,3 @@ def _propagate(
     ordered = torch.empty_like(codes)
     ordered.view(torch.uint8)[order] = codes.view(torch.uint8)
     return ordered.T.contiguous()
-
-
-def _by_tile_column(per_tile: Tensor, fmt: TensorFormat, shape: torch.Size) -> Tensor:
-    """A scale or zero point as (column tiles, out): one contiguous vector for all elements of a weight's column."""
-    down = per_tile.reshape(1 if fmt.granularity == "tensor" else per_tile.shape[0], -1)
-    return down.repeat_interleave(fmt.tile(shape)[0], 0)[: shape[0]].T.contiguous()

@@ -136,7 +136,7 @@ class StreamedModel:
         """Have the block after this one read ahead."""
         for following in list(self.blocks)[self.position(block) + 1 :][:1]:
             sources = (self.names.sources(name) for name in self.names.names_in(following))
-            self.checkpoint.expect(dict.fromkeys(chain.from_iterable(sources)))
+            self._view.expect(dict.fromkeys(chain.from_iterable(sources)))
 
     def load(self) -> nn.Module:
         """The whole model in memory, for good."""
