@@ -1,5 +1,6 @@
 """Every layout and every policy for smoothing vectors: what is written is what is read back."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 import qlinear
 from qlinear.errors import CheckpointError, SchemeError
 from qlinear.job import Result
-from qlinear.nn import QLinear
+from qlinear.nn import QLinear, SmoothedLinear
 
 from .architectures import small_model
 
@@ -51,6 +52,64 @@ def test_smoothing_alone_leaves_the_function_as_it_was(architecture: str, tmp_pa
     before, after = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "out"))
     assert {key: t.shape for key, t in before.items()} == {key: t.shape for key, t in after.items()}
     assert any(not torch.equal(before[key], after[key]) for key in before), "something was folded"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "keep"),
+    [("Llama", "always"), ("Olmo", "unfolded"), ("GPTNeoX", "unfolded"), ("Qwen2Moe", "always")],
+)
+def test_float_layers_keep_their_vectors_and_the_function(
+    architecture: str, keep: Any, tmp_path: Path
+) -> None:
+    model, expected = source(tmp_path, architecture)
+    result, loaded = quantized(tmp_path, model, scheme="none", format="qlinear", migration_scale=keep)
+    assert relative(logits(loaded), expected) < 1e-5
+    held = {name: m for name, m in loaded.named_modules() if isinstance(m, SmoothedLinear)}
+    assert held
+    assert held.keys() == {layer.name for layer in result.layers if layer.migration == "kept"}
+    others = {layer.migration for layer in result.layers if layer.name not in held}
+    assert others == (set() if keep == "always" else {"folded"})
+    before, after = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "out"))
+    vectors = {f"{name}.migration_scale": layer.migration_scale for name, layer in held.items()}
+    assert {key for key in after if key not in before} == vectors.keys()
+    assert all(torch.equal(vector, after[key]) for key, vector in vectors.items())
+    assert all(torch.equal(layer.weight, after[f"{name}.weight"]) for name, layer in held.items())
+    if keep == "always":
+        smoothed = {
+            f"{name}.weight": before[f"{name}.weight"] * m.migration_scale for name, m in held.items()
+        }
+        assert all(torch.equal(after[key], smoothed.get(key, before[key])) for key in before)
+    told = qlinear.inspect(tmp_path / "out")
+    where = {layer.name: layer.migration for layer in result.layers}
+    assert all(linear.migration == where.get(linear.name, "none") for linear in told.linears)
+    assert {linear.scheme for linear in told.linears} == {None}
+    grown = sum(linear.bytes_after - linear.bytes_before for linear in told.linears)
+    assert (
+        grown == sum(vector.nbytes for vector in vectors.values()) == told.total_size - told.total_size_before
+    )
+
+
+def test_a_float_checkpoint_with_vectors_is_evaluated_a_block_at_a_time(tmp_path: Path) -> None:
+    model, _ = source(tmp_path, "Llama")
+    quantized(tmp_path, model, scheme="none", format="qlinear", migration_scale="always")
+    found = qlinear.evaluate(tmp_path / "out", reference=model, data="random", tokens=64, seq_len=16)
+    assert found.kl is not None
+    assert found.kl < 1e-8
+    assert found.perplexity == pytest.approx(found.reference_perplexity, rel=1e-5)
+
+
+def test_a_vector_that_is_missing_or_belongs_to_no_layer_is_named(tmp_path: Path) -> None:
+    model, _ = source(tmp_path, "Llama")
+    quantized(tmp_path, model, scheme="none", format="qlinear", migration_scale="always")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["quantization_config"]["migration_scale"] += ["model.norm"]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"model\.norm holds a migration scale"):
+        qlinear.load(tmp_path / "out")
+    config["quantization_config"]["migration_scale"] = ["lm_head"]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"lm_head\.migration_scale"):
+        qlinear.load(tmp_path / "out")
 
 
 @pytest.mark.parametrize("architecture", ["Llama", "Mixtral"])

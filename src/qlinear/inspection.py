@@ -176,11 +176,12 @@ def _migration(shape: tuple[int, ...], home: _Home | None, keep: Keep) -> Migrat
     return "kept" if keep != "never" and len(shape) == 2 else "none"
 
 
-def _bytes_of(source: StreamedModel, name: str) -> int:
-    """Of all tensors that the file holds of a linear, or of a stack of them."""
+def _bytes_of(source: StreamedModel, name: str, leaf: str = "") -> int:
+    """Of all tensors, or those called `leaf`, that the file holds of a linear, or of a stack of them."""
     keys = source.names.sources(name if is_parameter(source, name) else f"{name}.weight")
     modules = tuple(f"{key.removesuffix('.weight')}." for key in keys)
-    return sum(info.nbytes for key, info in source.checkpoint.tensors.items() if key.startswith(modules))
+    tensors = source.checkpoint.tensors.items()
+    return sum(info.nbytes for key, info in tensors if key.startswith(modules) and key.endswith(leaf))
 
 
 def _finished(source: StreamedModel) -> Inspection:
@@ -203,7 +204,8 @@ def _finished_linear(
     source: StreamedModel, name: str, shape: tuple[int, ...], told: Mapping[str, Any], itemsize: int
 ) -> LinearInfo:
     scheme = source.scheme_of(name)
-    after = before = _bytes_of(source, name)
+    after = _bytes_of(source, name)
+    before = after - _bytes_of(source, name, ".migration_scale")
     scales: tuple[int, ...] = ()
     if scheme is not None:
         scales = scheme.weight.scale_shape(shape)

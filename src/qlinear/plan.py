@@ -25,13 +25,15 @@ _RANKS = (2, 4, 8)
 class Plan:
     """schemes: of the linears to quantize, by name. ignored: names of all others. nbytes: tensor data of the result.
 
-    notes: what a user should know of the choice.
+    notes: what a user should know of the choice. holders: the linears that can hold a smoothing vector: those to
+    quantize; where nothing is quantized, those that the model does no more with than call.
     """
 
     schemes: Mapping[str, Scheme]
     ignored: tuple[str, ...]
     nbytes: int
     notes: tuple[str, ...] = ()
+    holders: frozenset[str] = frozenset()
 
     @property
     def chosen(self) -> frozenset[str]:
@@ -54,7 +56,7 @@ def make_plan(
     SchemeError if a pattern matches nothing or contradicts another, if nothing is left, or if a scheme does not fit.
     """
     if scheme is None:
-        return Plan({}, (), source.checkpoint.nbytes)
+        return Plan({}, (), source.checkpoint.nbytes, holders=_float_holders(source))
     linears = dict(quantizable(source, transposed))
     rules = _rules(source, linears, ignore, scheme_for or {})
     groups = merge_groups(source) if ignore or scheme_for else []
@@ -72,7 +74,7 @@ def make_plan(
     ignored = tuple(name for names in left for name in names) + unused_modules(source)
     return Plan(
         schemes, ignored, _nbytes(source, linears, schemes),
-        (*notes, *cast_to, *_cut_by_ranks(linears, schemes)),
+        (*notes, *cast_to, *_cut_by_ranks(linears, schemes)), frozenset(schemes),
     )  # fmt: skip
 
 
@@ -127,11 +129,22 @@ def _without_consulted(
     source: StreamedModel, schemes: Mapping[str, Scheme]
 ) -> tuple[dict[str, Scheme], list[str]]:
     """The schemes without those of linears whose weights the model needs as floats, and a note that names them."""
-    twin = StreamedModel(source.checkpoint, source.dtype, source.trust_remote_code)
-    asked = consulted(twin.model, twin.blocks)
+    asked = _asked_for(source)
     left = [name for name in schemes if name in asked]
     note = f"{', '.join(left)}: left in float, as the model asks for the dtype of their weights, or rescales them"
     return {name: scheme for name, scheme in schemes.items() if name not in asked}, [note] if left else []
+
+
+def _float_holders(source: StreamedModel) -> frozenset[str]:
+    """The float linears that can divide their input by a vector; stacks cannot, and routers gain nothing by it."""
+    linears = {name: shape for name, shape in quantizable(source) if len(shape) == 2}
+    return frozenset(linears) - _asked_for(source) - frozenset(routers(source, linears))
+
+
+def _asked_for(source: StreamedModel) -> frozenset[str]:
+    """The linears whose weights the model does more with than call them."""
+    twin = StreamedModel(source.checkpoint, source.dtype, source.trust_remote_code)
+    return consulted(twin.model, twin.blocks)
 
 
 def _require_fit(name: str, shape: tuple[int, ...], scheme: Scheme) -> None:

@@ -19,6 +19,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "llama-no-data": {"smooth": "off"},
     "llama-gptq": {"algorithm": "gptq", "scheme": "w8a8", "smooth": "auto"},
     "llama-kept": {"format": "qlinear", "migration_scale": "always", "propagate": True},
+    "llama-float": {"scheme": "none", "format": "qlinear", "migration_scale": "always"},
     "qwen3_moe": {"algorithm": "awq"},
     "gemma3_text": {"scheme": "w8a8-static", "max_shard_size": 9000, "propagate": True},
 }

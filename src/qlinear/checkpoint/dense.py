@@ -14,6 +14,7 @@ from ..scheme import Scheme
 from .header import TensorInfo
 from .layout import Layout, QuantizedLinear
 from .layouts import layout_of
+from .qlinear_layout import float_holders
 from .reader import Checkpoint
 
 # The tensors that hold a linear's codes and its scales, in one layout or another.
@@ -26,11 +27,13 @@ class DenseView(Checkpoint):
     """A checkpoint in which each quantized matrix is a float32 tensor `<module>.weight`.
 
     stored: the checkpoint as it is. layout, schemes: how the quantized linears lie in it, by the file's module names.
+    holders: the float linears that have a smoothing vector beside their weight.
     """
 
     stored: Checkpoint
     layout: Layout | None
     schemes: dict[str, Scheme]
+    holders: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "DenseView":
@@ -44,7 +47,8 @@ class DenseView(Checkpoint):
         schemes = layout.schemes_from_config(config, modules)
         dense = {f"{module}.weight": _dense_info(checkpoint, module) for module in schemes}
         tensors = dict(checkpoint.tensors) | dense
-        return cls(checkpoint.path, checkpoint.config, tensors, checkpoint, layout, schemes)
+        holders = float_holders(config)
+        return cls(checkpoint.path, checkpoint.config, tensors, checkpoint, layout, schemes, holders)
 
     def linear(self, module: str) -> QuantizedLinear:
         """What the file holds of a quantized linear. Raises CheckpointError if part of it is missing."""

@@ -15,8 +15,9 @@ LAYOUTS: dict[str, Layout] = {
     "qlinear": qlinear_layout,
 }
 _QUANT_METHODS = {"smooth_quant": "lmdeploy"}
-# The layouts that have a place for a smoothing vector which stays with its layer.
+# The layouts that have a place for a smoothing vector which stays with its layer, quantized or in float.
 _HOLD_VECTORS = ("qlinear", "lmdeploy")
+_HOLD_FLOAT_VECTORS = ("qlinear",)
 
 # The layouts that have a place for linears which the model stores as (in, out): transformers' Conv1D.
 HOLD_TRANSPOSED = ("qlinear", "lmdeploy")
@@ -32,17 +33,12 @@ def kept(migration_scale: Keep, format: str, scheme: Scheme | None) -> Keep:
     """
     if migration_scale not in ("unfolded", "always", "never"):
         raise SchemeError(f"migration_scale must be unfolded, always or never; got {migration_scale!r}")
-    has_place = format in _HOLD_VECTORS and scheme is not None
-    if migration_scale == "always" and scheme is None:
+    places = _HOLD_FLOAT_VECTORS if scheme is None else _HOLD_VECTORS
+    if migration_scale == "always" and format not in places:
         raise SchemeError(
-            "migration_scale 'always' needs quantized layers to hold the vectors; with scheme 'none' all stay float: "
-            "leave it at 'unfolded', which folds what can be folded"
+            f"migration_scale 'always' needs a format that holds it, {' or '.join(places)}; got {format!r}"
         )
-    if migration_scale == "always" and not has_place:
-        raise SchemeError(
-            f"migration_scale 'always' needs a format that holds it, {' or '.join(_HOLD_VECTORS)}; got {format!r}"
-        )
-    return migration_scale if has_place else "never"
+    return migration_scale if format in places else "never"
 
 
 def get_layout(name: str) -> Layout:

@@ -1,4 +1,8 @@
-"""qlinear's own layout: that of compressed-tensors, and `migration_scale` [K] float32 where one is kept."""
+"""qlinear's own layout: that of compressed-tensors, and `migration_scale` [K] float32 where one is kept.
+
+A checkpoint that was only smoothed has float weights, W · diag(s) in the source's dtype where a vector is kept, and no
+scheme: its `quantization_config` names the linears that have a `migration_scale` beside their weight.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -15,6 +19,16 @@ from .layout import QuantizedLinear, Schemes
 def quantization_config(schemes: Schemes, ignore: Sequence[str]) -> dict[str, Any]:
     """See `Layout`."""
     return compressed_tensors.quantization_config(schemes, ignore) | {"quant_method": "qlinear"}
+
+
+def float_config(holders: Sequence[str]) -> dict[str, Any]:
+    """config.json's `quantization_config` where nothing is quantized, and these linears of the file hold a vector."""
+    return quantization_config({}, ()) | {"migration_scale": list(holders)}
+
+
+def float_holders(config: Mapping[str, Any]) -> frozenset[str]:
+    """The float linears that hold a vector, as a `quantization_config` names them."""
+    return frozenset(config.get("migration_scale", ()))
 
 
 def schemes_from_config(config: Mapping[str, Any], linears: Mapping[str, nn.Module]) -> dict[str, Scheme]:

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from ..blocks import Lanes, find_blocks
+from ..errors import CheckpointError
 from ..memory import Spill
-from ..nn import QLinear
+from ..nn import QLinear, SmoothedLinear
 from ..ops.weight_only import multiplies_in
 from ..scheme import Scheme
 from .conversion import NameMap
@@ -45,6 +46,7 @@ class StreamedModel:
         self._view = DenseView.of(checkpoint)
         _replace_transposed(self.model, self._view.schemes)
         self.names = NameMap(self.model, self._view)
+        self._hold_vectors()
         self.blocks = find_blocks(self.model)
         self.head: nn.Module = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         self.head_name: str = next(name for name, m in self.model.named_modules() if m is self.head)
@@ -174,6 +176,26 @@ class StreamedModel:
         if held.input_zero_point is not None and held.scheme.activation is not None:
             layer.input_zero_point = held.input_zero_point.to(held.scheme.activation.storage)
         return layer
+
+    def _hold_vectors(self) -> None:
+        """Have the float linears that keep a smoothing vector divide their inputs by it."""
+        made: dict[str, SmoothedLinear] = {}
+        # One that stands in several places is smoothed in all of them.
+        modules = list(self.model.named_modules(remove_duplicate=False)) if self._view.holders else []
+        for name, module in modules:
+            if not isinstance(module, nn.Linear) or not self.names.is_one_tensor(name):
+                continue
+            stored = self.names.source_module(name)
+            if stored in self._view.holders:
+                if stored not in made:
+                    vector = self.checkpoint.read(f"{stored}.migration_scale")
+                    made[stored] = SmoothedLinear.from_float(module, vector)
+                self.model.set_submodule(name, made[stored])
+        if unknown := sorted(self._view.holders - made.keys()):
+            raise CheckpointError(
+                f"{self.checkpoint.path} says in config.json that {unknown[0]} holds a migration scale, but the model "
+                "has no such linear: give the config.json that was written with the weights"
+            )
 
     def _find_schemes(self) -> dict[str, Scheme]:
         """The scheme of each linear that the checkpoint holds quantized, by the model's names."""

@@ -90,10 +90,11 @@ class Bars:
 
 def show_result(result: Result) -> None:
     """The summary of a job: what it made, or would make, from how much, and which layers it hurt most."""
+    quantized = sum(layer.scheme is not None for layer in result.layers)
     smoothed = sum(layer.migration != "none" for layer in result.layers)
     summary = _table("", "", title=f"[bold]{escape(result.out)}[/bold]")
     if not result.planned:
-        summary.add_row("linears quantized", f"{len(result.layers)}  ({smoothed} smoothed)")
+        summary.add_row("linears quantized", f"{quantized}  ({smoothed} smoothed)")
     share = result.total_size / result.source_size
     summary.add_row("size", f"{_size(result.source_size)} → {_size(result.total_size)}  ({share:.0%})")
     about = "about " if result.planned else ""

@@ -81,16 +81,16 @@ def quantize(
     model: a checkpoint folder, a Hub id, or "demo". out: the folder to make. scheme: a preset's name, or a Scheme;
     "none" smooths and rounds nothing. smooth: alpha of SmoothQuant; "auto" to search it for each group; "off"; None for
     0.5, or for AWQ's own search where `algorithm` is that. migration_scale: which smoothing vectors stay with their
-    layers, where `format` has a place for them: those that no producer can take ("unfolded"), all ("always") or none
-    ("never"). algorithm: "rtn", "gptq" or "awq". propagate: whether blocks are calibrated with what the quantized
-    blocks before them give; None for yes, unless rounding to nearest. scheme_for: other schemes by pattern of names.
-    keep_worst: how many of the most sensitive linears to leave in float. format: "compressed-tensors", "lmdeploy",
-    "awq" or "qlinear". calibration: text (a file, "demo", a Hub id, an iterable of strings), "random", or token ids
-    (n, seq_len). samples, seq_len: how much of it is used. stats: what `qlinear calibrate` wrote, instead of that.
-    ignore: patterns of linears to leave in float; the output head if None. dtype: what the calibration computes in.
-    max_memory: bytes to stay within; hidden states of the calibration set wait on the disk beyond it.
-    plan: only say what it will take, after a short trial; nothing is written.
-    resume: go on with an unfinished run into `out`; False starts anew. progress: called with (stage, done, total).
+    layers, where `format` has a place for them (for float layers "qlinear" alone): those that no producer can take
+    ("unfolded"), all ("always") or none ("never"). algorithm: "rtn", "gptq" or "awq". propagate: whether blocks are
+    calibrated with what the quantized blocks before them give; None for yes, unless rounding to nearest. scheme_for:
+    other schemes by pattern of names. keep_worst: how many of the most sensitive linears to leave in float. format:
+    "compressed-tensors", "lmdeploy", "awq" or "qlinear". calibration: text (a file, "demo", a Hub id, an iterable of
+    strings), "random", or token ids (n, seq_len). samples, seq_len: how much of it is used. stats: what `qlinear
+    calibrate` wrote, instead of that. ignore: patterns of linears to leave in float; the output head if None. dtype:
+    what the calibration computes in. max_memory: bytes to stay within; hidden states of the calibration set wait on
+    the disk beyond it. plan: only say what it will take, after a short trial; nothing is written. resume: go on with
+    an unfinished run into `out`; False starts anew. progress: called with (stage, done, total).
     Raises QLinearError, before any work, for whatever cannot be done; nothing is written then.
     """
     began, ranks = time.monotonic(), Ranks.present()
@@ -110,6 +110,7 @@ def quantize(
         recipe = Recipe(
             chosen.schemes, layout, require_algorithm(algorithm), smoothing_of(smooth, algorithm, wanted),
             algorithm != "rtn" if propagate is None else propagate, require_count(keep_worst, wanted), keep,
+            frozenset() if keep == "never" else chosen.holders,
         )  # fmt: skip
         require_floats(source, chosen)
         quantization_config(source, layout, chosen, ())  # a layout may have no place for what was asked for

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from ..checkpoint import StreamedModel
 from ..checkpoint.layout import Layout
+from ..checkpoint.qlinear_layout import float_config
 from ..checkpoint.statistics import Statistics, load_statistics
 from ..errors import SchemeError
 from ..memory import resident
@@ -28,13 +29,16 @@ def require_statistics(stats: str | Path, source: StreamedModel, recipe: Recipe)
 
 
 def quantization_config(
-    source: StreamedModel, layout: Layout, plan: Plan, kept: Sequence[str]
+    source: StreamedModel, layout: Layout, plan: Plan, kept: Sequence[str], holders: Sequence[str] = ()
 ) -> dict[str, Any] | None:
-    """config.json's part on quantization, for the linears that are not `kept` in float after all."""
+    """config.json's part on quantization, for the linears that are not `kept` in float after all.
+
+    holders: the float linears that hold a smoothing vector, where nothing is quantized.
+    """
     left = dict.fromkeys(name for each in kept for name in (each, source.names.source_module(each)))
     used = {scheme for name, scheme in plan.schemes.items() if name not in left}
     if not used:
-        return None
+        return float_config([source.names.source_module(name) for name in holders]) if holders else None
     if len(used) == 1:
         return layout.quantization_config(used.pop(), (*plan.ignored, *left))
     named = {

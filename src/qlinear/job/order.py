@@ -101,7 +101,8 @@ def _begun(order: Order, out: Path, ranks: Ranks) -> tuple[Sink, Record]:
 
 def _finish(order: Order, job: Job, out: Path) -> None:
     source, plan = order.source, order.plan
-    config = quantization_config(source, order.recipe.layout, plan, job.kept)
+    holders = [layer.name for layer in job.layers if layer.scheme is None and layer.migration == "kept"]
+    config = quantization_config(source, order.recipe.layout, plan, job.kept, holders)
     record = {"settings": order.settings, "layers": [asdict(layer) for layer in job.layers]}
     untied = source.head_name in plan.chosen and source.model.config.tie_word_embeddings
     finish(out, source, config, untied, record, job.blocks.writer.checksums)

@@ -22,16 +22,17 @@ Algorithm = Literal["rtn", "gptq", "awq"]
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What became of one linear.
+    """What became of one linear that was quantized, or could keep its smoothing vector in float.
 
-    error: relative, of its output on calibration tokens (of its weight where there were none); rtn_error: what round
-    to nearest would have given; share: of the squared errors of all linears. migration: where its smoothing lives;
-    folded_into: the module that took it. alpha: of its smoothing; curve: what every (form, alpha) that was tried would
-    have cost. group: the first of the linears that read what it reads.
+    scheme: None for float. error: relative, of its output on calibration tokens (of its weight where there were none,
+    or nothing but that is rounded); rtn_error: what round to nearest would have given; share: of the squared errors of
+    all linears. migration: where its smoothing lives; folded_into: the module that took it. alpha: of its smoothing;
+    curve: what every (form, alpha) that was tried would have cost. group: the first of the linears that read what it
+    reads.
     """
 
     name: str
-    scheme: str
+    scheme: str | None
     error: float
     rtn_error: float
     share: float
@@ -50,7 +51,7 @@ class Recipe:
     smooth: alpha, "auto" to search it for each group, "awq" for AWQ's own search, None for none. propagate: whether
     blocks see what the quantized blocks before them give. keep_worst: how many linears to leave in float.
     migration_scale: which vectors stay with their layers: those that nothing can take ("unfolded"), all ("always") or
-    none ("never").
+    none ("never"). holders: the linears that can hold one.
     """
 
     schemes: Mapping[str, Scheme]
@@ -60,6 +61,7 @@ class Recipe:
     propagate: bool = False
     keep_worst: int = 0
     migration_scale: Keep = "never"
+    holders: frozenset[str] = frozenset()
 
     @property
     def needs_data(self) -> bool:

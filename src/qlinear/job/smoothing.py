@@ -24,7 +24,8 @@ def smooth_block(found: Findings, recipe: Recipe) -> list[list[Weight]]:
         return []
     left: list[list[Weight]] = []
     for group in reversed(found.groups):
-        if group.fold is None and recipe.migration_scale == "never":
+        holders = _holders(found, group, recipe)
+        if group.fold is None and not holders:
             left.append(list(group.weights))
             continue
         s = _vector(found, group, recipe)
@@ -35,15 +36,14 @@ def smooth_block(found: Findings, recipe: Recipe) -> list[list[Weight]]:
             vector = producer.gain[0] if producer.weight is None else producer.weight.name
             found.smoothing.fold(found.block, group.fold, s, found.stored_dtype(vector))
         else:
-            _keep(found, group, s, recipe)
+            for weight in holders:
+                found.smoothing.keep(weight, s)
     return left
 
 
-def _keep(found: Findings, group: InputGroup, s: Tensor, recipe: Recipe) -> None:
-    """Leave the vector with the layers that will be QLinears; what stays float has no place for it."""
-    for weight in group.weights:
-        if weight.index is None and found.full_name(weight) in recipe.schemes:
-            found.smoothing.keep(weight, s)
+def _holders(found: Findings, group: InputGroup, recipe: Recipe) -> list[Weight]:
+    """Those of a group's weights that a vector can stay with: experts in a stack have no place for one."""
+    return [w for w in group.weights if w.index is None and found.full_name(w) in recipe.holders]
 
 
 def _vector(found: Findings, group: InputGroup, recipe: Recipe) -> Tensor | None:

@@ -16,7 +16,7 @@ from ..ranks import Ranks
 from ..structure import Weight
 from .recipe import Findings, Layer, Migration, Recipe, joined
 from .reserve import Reserve, Unit
-from .rounding import Rounded, round_weights
+from .rounding import Rounded, relative, round_weights
 from .sink import Done, Sink
 
 _ALONE = Ranks()
@@ -47,17 +47,21 @@ class BlockWriter:
             made = next(made_of)
             rounded += made
             quantized = {each.weight for each in made}
+            floats = [weight for weight in members if weight not in quantized]
+            for weight in floats:
+                if found.full_name(weight) in self.recipe.holders:
+                    self._write_holder(found, weight)
+                elif found.smoothing.touches(weight):
+                    changed.add(weight.name)
             for weight in members:
                 self._smooth_in_place(found, weight)
-                if weight not in quantized and found.smoothing.touches(weight):
-                    changed.add(weight.name)
             self._emit(self._unit(found, made))
         for name, groups in experts.items():
             made = [each for _ in groups for each in next(made_of)]
             in_order = sorted(made, key=lambda each: each.weight.index or 0)
             rounded.append(self._write_stack(found, name, in_order))
-        floats = changed.difference(stacks)
-        together = {n for name in floats for n in self.source.names.made_with(joined(found.name, name))}
+        plain = changed.difference(stacks)
+        together = {n for name in plain for n in self.source.names.made_with(joined(found.name, name))}
         self._write_float({name: self.source.model.get_parameter(name) for name in together})
         return rounded
 
@@ -80,7 +84,8 @@ class BlockWriter:
             name = found.full_name(each.weight)
             module = self.source.names.source_module(name)
             tensors |= self.recipe.layout.pack(module, each.held)
-            layers.append(self._layer(name, each.held, each.error, each.rtn_error, each.weight, found))
+            scheme = each.held.scheme.name
+            layers.append(self._layer(name, scheme, each.error, each.rtn_error, each.weight, found))
             if each.note:
                 self.warnings.append(f"{name}: {each.note}")
         floats = {}
@@ -111,7 +116,7 @@ class BlockWriter:
         error, rtn_error = (
             sum(values) / len(made) for values in ([e.error for e in made], [e.rtn_error for e in made])
         )
-        self.layers.append(self._layer(full, held, error, rtn_error, made[0].weight, found))
+        self.layers.append(self._layer(full, held.scheme.name, error, rtn_error, made[0].weight, found))
         return Rounded(Weight(name), held, error, rtn_error)
 
     def _write_experts(self, name: str, held: QuantizedLinear) -> None:
@@ -128,7 +133,7 @@ class BlockWriter:
     def _layer(
         self,
         name: str,
-        held: QuantizedLinear,
+        scheme: str | None,
         error: float,
         rtn_error: float,
         weight: Weight,
@@ -141,9 +146,20 @@ class BlockWriter:
         if search is None and where != "none" and not isinstance(self.recipe.smooth, str):
             alpha = self.recipe.smooth
         return Layer(
-            name, held.scheme.name, error, rtn_error, 0.0, where, taken and joined(found.name, taken),
+            name, scheme, error, rtn_error, 0.0, where, taken and joined(found.name, taken),
             joined(found.name, leader.module) if leader else None, alpha, _curve(search),
         )  # fmt: skip
+
+    def _write_holder(self, found: Findings, weight: Weight) -> None:
+        """Write a weight that stays in float, smoothed, and the vector that it keeps beside it, if any."""
+        name, exact = found.full_name(weight), found.matrix(weight)
+        stored = self._stored(f"{name}.weight", exact)
+        if found.smoothing.touches(weight):
+            self._write_float({f"{name}.weight": stored})
+        if (vector := found.smoothing.migration.get(weight)) is not None:
+            self.writer.add(f"{self.source.names.source_module(name)}.migration_scale", vector)
+        error = relative(stored.float(), exact)
+        self.layers.append(self._layer(name, None, error, error, weight, found))
 
     def _stored(self, name: str, tensor: Tensor) -> Tensor:
         return tensor.detach().to(self.source.stored_dtype(name))

@@ -7,12 +7,14 @@ from .fake_quant import FakeQuantLinear, convert, fake_quantize, prepare
 from .norms import QLayerNorm, QRMSNorm, silu_mul_quantize
 from .qlinear import QLinear
 from .ranges import input_range
+from .smoothed import SmoothedLinear
 
 __all__ = [
     "FakeQuantLinear",
     "QLayerNorm",
     "QLinear",
     "QRMSNorm",
+    "SmoothedLinear",
     "convert",
     "fake_quantize",
     "input_range",
