@@ -110,10 +110,9 @@ def gptq(
     """Codes of a weight whose output error on the calibration inputs is never above round to nearest's.
 
     weight: (out, in) float32. moment: the mean of x xᵀ (in, in) float32; factor: `factorize(moment)`, shared by all
-    weights that read x. grid: scales from `least_error_qparams` or from the extremes of each tile. sweeps:
-    of the descent that follows. scale_dtype: what
-    scales are rounded to before codes are chosen. Raises NumericsError, with `name`, on NaN or infinity, and
-    SchemeError where the scheme does not fit.
+    weights that read x. grid: scales from `least_error_qparams` or from the extremes of each tile. sweeps: of the
+    descent that follows. scale_dtype: what scales are rounded to before codes are chosen. Raises NumericsError, with
+    `name`, on NaN or infinity, and SchemeError where the scheme does not fit.
     """
     fmt = scheme.weight
     if moment.shape != (weight.shape[1],) * 2:

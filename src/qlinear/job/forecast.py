@@ -16,7 +16,7 @@ from ..checkpoint import StreamedModel
 from ..errors import OutputError
 from ..memory import peak_rss
 from ..plan import text_blocks
-from .loop import BATCH_TOKENS, Job, calibration_batches
+from .loop import Job, calibration_batches, rows_at_once
 from .order import Order, Result
 from .recipe import Progress
 from .refusal import require_finite
@@ -66,7 +66,7 @@ def _seconds_of_blocks(order: Order, batches: int) -> tuple[float, float]:
     """What the first block and the next take with so many micro-batches; twice the same where there is one block."""
     tokens = order.tokens
     if tokens is not None:
-        tokens = tokens[: max(2, batches * max(1, BATCH_TOKENS // tokens.shape[1]))]
+        tokens = tokens[: max(2, batches * rows_at_once(tokens))]
     recipe = replace(order.recipe, keep_worst=0)
     job = Job(order.source, Nowhere(), Unrecorded(Done()), recipe, tokens, lambda *_: None, order.statistics)
     times = [time.monotonic()]
@@ -86,8 +86,8 @@ def _lane_nbytes(order: Order) -> int:
     if order.tokens is None:
         return 0
     width: int = order.source.model.config.get_text_config().hidden_size
-    rows = max(1, BATCH_TOKENS // order.tokens.shape[1])
-    return int(_BESIDE * rows * order.tokens.shape[1] * width * order.source.dtype.itemsize)
+    tokens = rows_at_once(order.tokens) * order.tokens.shape[1]
+    return int(_BESIDE * tokens * width * order.source.dtype.itemsize)
 
 
 def _write_rate(out: Path) -> float:

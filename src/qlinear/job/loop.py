@@ -33,7 +33,7 @@ from .writing import BlockWriter
 # Tokens for experiments: many sequences of one token to find folds, a few real ones to prove them.
 _PROBE, _PROOF = 64, (2, 16)
 # Tokens that pass through a block at once: enough to fill a matrix product, few enough to stay small.
-BATCH_TOKENS = 1024
+_BATCH_TOKENS = 1024
 _ALONE = Ranks()
 
 
@@ -204,7 +204,12 @@ def experiments(tokens: Tensor) -> list[dict[str, Any]]:
 
 def calibration_batches(tokens: Tensor) -> list[dict[str, Any]]:
     """The calibration set (n, seq_len) as model calls."""
-    return batches_of(tokens, max(1, BATCH_TOKENS // tokens.shape[1]))
+    return batches_of(tokens, rows_at_once(tokens))
+
+
+def rows_at_once(tokens: Tensor) -> int:
+    """How many sequences of a calibration set (n, seq_len) make one model call."""
+    return max(1, _BATCH_TOKENS // tokens.shape[1])
 
 
 def require_agreement(original: Lane, smoothed: Lane, checkpoint: Checkpoint) -> None:
