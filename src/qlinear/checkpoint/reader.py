@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import os
-import pickle
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -20,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, SourceLostError
-from .header import DTYPE_NAMES, TensorInfo, parse_json, read_header
+from .header import TensorInfo, parse_json, read_header
+from .pickled import read_pickled
 
 _CHUNK = 4 << 20
 # Bytes that are converted at once: they and their copies stay in a core's cache.
@@ -177,7 +177,7 @@ def _locate(folder: Path) -> dict[str, TensorInfo]:
     if (folder / "model.safetensors.index.json").is_file():
         return _read_sharded(folder / "model.safetensors.index.json")
     if (folder / "pytorch_model.bin").is_file():
-        return _read_pickled(folder / "pytorch_model.bin")
+        return read_pickled(folder / "pytorch_model.bin")
     if (folder / "pytorch_model.bin.index.json").is_file():
         return _read_sharded(folder / "pytorch_model.bin.index.json")
     raise CheckpointError(
@@ -191,7 +191,7 @@ def _read_sharded(index: Path) -> dict[str, TensorInfo]:
     weight_map = parse_json(index.read_bytes(), index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map from tensor names to files: download it again")
-    read = _read_pickled if index.name.startswith("pytorch_model") else read_header
+    read = read_pickled if index.name.startswith("pytorch_model") else read_header
     shards = {name: read(_shard(index, name)) for name in sorted(set(weight_map.values()))}
     for tensor, shard in weight_map.items():
         if tensor not in shards[shard]:
@@ -212,35 +212,6 @@ def _shard(index: Path, name: str) -> Path:
             f"{index.parent / name} is missing, but {index.name} names it: download it again"
         )
     return index.parent / name
-
-
-def _read_pickled(file: Path) -> dict[str, TensorInfo]:
-    """Where each tensor of a torch.save file lies: the data is stored plainly inside its zip archive.
-
-    Loaded under a fake-tensor mode, so that no data is read and torch records the offsets.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    try:
-        with FakeTensorMode():
-            tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{file} cannot be read with weights_only=True ({type(error).__name__}): re-save as safetensors"
-        ) from None
-    return {name: _pickled_entry(file, name, tensor) for name, tensor in sorted(tensors.items())}
-
-
-def _pickled_entry(file: Path, name: str, tensor: Any) -> TensorInfo:
-    place = (
-        getattr(tensor.untyped_storage(), "_checkpoint_offset", None) if isinstance(tensor, Tensor) else None
-    )
-    if place is None or not tensor.is_contiguous() or tensor.dtype not in DTYPE_NAMES:
-        raise CheckpointError(
-            f"{file} holds {name} in a form that cannot be streamed: re-save as safetensors"
-        )
-    start = place + tensor.storage_offset() * tensor.element_size()
-    return TensorInfo(file, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), start, start + tensor.nbytes)
 
 
 def _folder(model: str | Path, revision: str | None) -> Path:

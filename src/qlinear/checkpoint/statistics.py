@@ -12,8 +12,6 @@ of experts by that and its index.
 
 import io
 import json
-import pickle
-import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,19 +26,10 @@ from ..calibrate import InputStats
 from ..errors import DataError, NumericsError, OutputError
 from ..structure import Trace, Weight
 from .output import write_atomically
+from .pickled import UNREADABLE
 
 FORMS = ("absmax", "absmean", "min", "max", "mean")
 _KIND = "qlinear statistics"
-# What torch's unpickler raises on bytes that are no pickle, or a damaged one.
-_DAMAGED = (
-    RuntimeError,
-    ValueError,
-    LookupError,
-    AssertionError,
-    EOFError,
-    pickle.UnpicklingError,
-    struct.error,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +183,7 @@ def _to_pickle(statistics: Statistics) -> bytes:
 def _read_pickle(path: Path) -> Statistics:
     try:
         tables = torch.load(path, map_location="cpu", weights_only=True)
-    except _DAMAGED as error:
+    except UNREADABLE as error:
         raise DataError(
             f"{path} cannot be read with weights_only=True ({type(error).__name__}): give LMDeploy's inputs_stats.pth"
         ) from None
