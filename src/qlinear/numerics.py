@@ -119,11 +119,15 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: Ten
     return x.mul_(per_element(scale, fmt, codes.shape))
 
 
-def nearest_values(x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: TensorFormat) -> Tensor:
-    """`dequantize` of `quantize` for x (..., columns) float32, scales (..., 1): for searches, which keep no codes."""
+def nearest_values(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: TensorFormat, out: Tensor | None = None
+) -> Tensor:
+    """`dequantize` of `quantize` for float32 x, its scales such as broadcast against it: for searches, which keep no
+    codes. out: where to, x itself for one; new if None."""
     if fmt.is_float:
-        return dequantize(quantize(x, scale, zero_point, fmt), scale, zero_point, fmt)
-    values = (x / scale).round_()
+        values = (x / scale).clamp_(*fmt.code_range).to(fmt.storage).float().mul_(scale)
+        return values if out is None else out.copy_(values)
+    values = torch.div(x, scale, out=out).round_()
     if zero_point is None:
         return values.clamp_(*fmt.code_range).mul_(scale)
     return values.add_(zero_point).clamp_(*fmt.code_range).sub_(zero_point).mul_(scale)

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qlinear.algorithms.descent import descend
+from qlinear.algorithms.columns import ColumnGrid
+from qlinear.algorithms.descent import Descent
 from qlinear.numerics import QuantizedTensor, quantize_tensor
 from qlinear.scheme import Scheme, TensorFormat, get_scheme
 
@@ -19,6 +20,20 @@ def correlated(width: int, tokens: int, seed: int) -> tuple[Tensor, Tensor]:
     mixing = torch.randn(width, width, generator=generator) / width**0.5 + torch.eye(width)
     x = torch.randn(tokens, width, generator=generator) @ mixing
     return torch.randn(24, width, generator=generator), x.T @ x / tokens
+
+
+def descend(
+    weight: Tensor,
+    start: QuantizedTensor,
+    moment: Tensor,
+    sweeps: int = 2,
+    dtype: torch.dtype = torch.float32,
+) -> QuantizedTensor:
+    """Codes and scales after some sweeps."""
+    grid = ColumnGrid.of((start.scale, start.zero_point), start.format, weight.shape)
+    descent = Descent(weight.T.contiguous(), start.dequantize().T.contiguous(), grid, moment, dtype)
+    descent.run(sweeps)
+    return grid.quantized(descent.values)
 
 
 def loss(weight: Tensor, found: QuantizedTensor, moment: Tensor) -> float:

@@ -4,6 +4,8 @@ rtn      round to nearest: no data, and what all others are measured against
 gptq     errors are made up for by the columns still to come
 awq      scales that protect what matters, and clipped ranges
 alpha    smoothing chosen for each group by its output error
+descent  codes and scales of GPTQ, moved on to where the error is least
+columns  what these two share
 grid     scales of least error, for the others
 search   the sweep that alpha and awq share
 group    what they work on
@@ -11,8 +13,8 @@ group    what they work on
 
 from .alpha import search_alpha
 from .awq import clip, search_scale
-from .gptq import factorize, gptq
+from .gptq import gptq
 from .group import Group
 from .rtn import round_to_nearest
 
-__all__ = ["Group", "clip", "factorize", "gptq", "round_to_nearest", "search_alpha", "search_scale"]
+__all__ = ["Group", "clip", "gptq", "round_to_nearest", "search_alpha", "search_scale"]

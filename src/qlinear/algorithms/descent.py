@@ -7,135 +7,116 @@ again with all others as they are: along one column the loss is a parabola, leas
 on a grid the nearest to that is the best. Likewise the scale of a group: with its codes q fixed the loss is a parabola
 in it, least at s + (G_g qᵀ) / (q H_gg qᵀ). No step raises the loss, so the result is never above what it began with.
 
-Columns are taken in order, by halves as in GPTQ: what the left half changed reaches the right half's gradient in one
-matrix product. Here columns are rows, so that one is contiguous.
+Columns are rows here, and are taken by halves (`columns`): what the left half changed reaches the right half's gradient
+in one product, and in all sweeps but the last the right half's change then reaches the left's, for the next.
 """
-
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..numerics import QuantizedTensor, dequantize, quantize
-from ..scheme import TensorFormat
-from .tiles import by_tile_column
+from .columns import FEW, ColumnGrid, by_halves
 
 # Columns that are descended along together where a group is no smaller.
 _BLOCK = 128
+# Rows and columns of a symmetric product that are computed at once.
+_PANEL = 512
 
 
-def descend(
-    weight: Tensor,
-    start: QuantizedTensor,
-    moment: Tensor,
-    sweeps: int = 2,
-    scale_dtype: torch.dtype = torch.float32,
-) -> QuantizedTensor:
-    """Codes and group scales of no larger loss than `start` has.
+class Descent:
+    """targets: the weight (in, out) float32. values: what its codes stand for, and grid: what they can stand for; both
+    are moved in place. moment: H, the mean of x xᵀ (in, in) float32. scale_dtype: what scales are rounded to. Scales
+    that serve whole rows, or several, stay as they are."""
 
-    weight: (out, in) float32. moment: H, the mean of x xᵀ (in, in) float32. sweeps: how often every column is visited.
-    scale_dtype: what scales are rounded to. Scales that serve whole rows, or several, stay as they are.
-    """
-    state = _State.of(weight, start, moment, scale_dtype)
-    for _ in range(sweeps):
-        state.sweep(weight.T)
-    return state.result()
+    def __init__(
+        self, targets: Tensor, values: Tensor, grid: ColumnGrid, moment: Tensor, scale_dtype: torch.dtype
+    ) -> None:
+        self.values, self._targets, self._grid, self._moment = values, targets, grid, moment
+        self._scale_dtype, self._has_groups = scale_dtype, grid.format.granularity == "group"
+        self._block = grid.width if self._has_groups else _BLOCK
+        self._gradient = moment @ (targets - values)
+        self._moved = torch.empty_like(values)
+        self._before = values.new_empty(2, min(self._block, len(values)), values.shape[1])
+        self._new = torch.empty_like(values[0])
+        curvature = moment.diagonal()
+        self._step = torch.where(curvature > 0, 1 / curvature, 0.0).nan_to_num_(0.0, 0.0).tolist()
+        self._near = [moment.diagonal(distance).tolist() for distance in range(min(FEW, len(moment)))]
+        self._columns = [each.unbind() for each in (self.values, self._gradient, self._moved)]
 
+    def losses(self) -> Tensor:
+        """The loss of each row (out,)."""
+        return ((self._targets - self.values).mul_(self._gradient)).sum(0)
 
-@dataclass(slots=True)
-class _State:
-    """Codes, what they stand for and the loss's gradient, all (in, out); scales and zeros (tiles, out)."""
-
-    start: QuantizedTensor
-    moment: Tensor
-    scale_dtype: torch.dtype
-    codes: Tensor
-    values: Tensor
-    scales: Tensor
-    zeros: Tensor | None
-    gradient: Tensor
-    moved: Tensor
-
-    @classmethod
-    def of(cls, weight: Tensor, start: QuantizedTensor, moment: Tensor, scale_dtype: torch.dtype) -> "_State":
-        fmt, shape = start.format, weight.shape
-        zeros = None if start.zero_point is None else by_tile_column(start.zero_point, fmt, shape)
-        values = start.dequantize().T.contiguous()
-        return cls(
-            start, moment, scale_dtype, start.codes.T.contiguous(), values,
-            by_tile_column(start.scale, fmt, shape), zeros, torch.empty_like(values), torch.empty_like(values),
-        )  # fmt: skip
-
-    @property
-    def width(self) -> int:
-        """Columns of a tile."""
-        return self.start.format.tile(self.start.codes.shape)[1]
-
-    @property
-    def has_groups(self) -> bool:
-        """Whether a scale serves a part of one row alone."""
-        return self.start.format.granularity == "group"
-
-    def sweep(self, targets: Tensor) -> None:
-        """Visit every column once. targets: the weight (in, out)."""
-        torch.mm(self.moment, targets - self.values, out=self.gradient)
-        self.moved.zero_()
-        self._blocks(0, len(self.values))
-
-    def _blocks(self, start: int, stop: int) -> None:
-        block = self.width if self.has_groups else _BLOCK
-        if stop - start <= block:
-            if self.has_groups:
-                self._rescale(start, stop)
-            self._columns(start, stop)
+    def restart(self, rows: Tensor, grid: ColumnGrid) -> None:
+        """Begin some rows (out,) anew: on another grid, rounded to nearest."""
+        if not bool(rows.any()):
             return
-        middle = start + (stop - start + block) // (2 * block) * block
-        self._blocks(start, middle)
-        self.gradient[middle:stop].addmm_(
-            self.moment[middle:stop, start:middle], self.moved[start:middle], alpha=-1
-        )
-        self._blocks(middle, stop)
+        self._grid.put_rows(rows, grid)
+        nearest = grid.round_all_(self._targets.clone())
+        self.values.copy_(torch.where(rows, nearest, self.values))
+        self._gradient[:, rows] = self._moment @ (self._targets - nearest)[:, rows]
 
-    def _rescale(self, start: int, stop: int) -> None:
+    def run(self, sweeps: int) -> None:
+        """Visit every column that many times."""
+        for left in reversed(range(sweeps)):
+            self._sweep(0, len(self.values), is_last=left == 0)
+
+    def _sweep(self, start: int, stop: int, is_last: bool) -> None:
+        if stop - start <= self._block:
+            self._visit_block(start, stop)
+            return
+        middle = start + ((stop - start) // self._block + 1) // 2 * self._block
+        left, right = slice(start, middle), slice(middle, stop)
+        self._sweep(start, middle, is_last)
+        self._carry(left, right)
+        self._sweep(middle, stop, is_last)
+        if not is_last:
+            self._carry(right, left)
+
+    def _carry(self, moved: slice, to: slice) -> None:
+        self._gradient[to].addmm_(self._moment[to, moved], self._moved[moved], alpha=-1)
+
+    def _visit_block(self, start: int, stop: int) -> None:
+        part = slice(start, stop)
+        values, gradient = self._before[:, : stop - start]
+        values.copy_(self.values[part])
+        gradient.copy_(self._gradient[part])
+        if self._has_groups:
+            self._rescale(part)
+        by_halves(start, stop, FEW, self._visit, self._carry)
+        torch.sub(self.values[part], values, out=self._moved[part])
+        torch.addmm(gradient, self._moment[part, part], self._moved[part], alpha=-1, out=self._gradient[part])
+
+    def _rescale(self, part: slice) -> None:
         """Move one group's scales to the least of their parabolas, as far as their dtype holds it."""
-        part, tile, within = slice(start, stop), start // self.width, self.moment[start:stop, start:stop]
-        scale = self.scales[tile]
-        unit = self.values[part] / scale
-        slope, curvature = (self.gradient[part] * unit).sum(0), (unit * (within @ unit)).sum(0)
+        scale, within = self._grid.scales[part.start // self._block], self._moment[part, part]
+        unit, spare = torch.div(self.values[part], scale), self._moved[part]
+        slope = torch.mul(self._gradient[part], unit, out=spare).sum(0)
+        curvature = torch.mm(within, unit, out=spare).mul_(unit).sum(0)
         best = scale + slope / curvature.clamp(min=torch.finfo(torch.float32).tiny)
-        best = best.clamp(scale / 2, scale * 2).to(self.scale_dtype).float()
+        best = best.clamp(scale / 2, scale * 2).to(self._scale_dtype).float()
         step = best - scale
         step.masked_fill_((step * curvature - 2 * slope) * step >= 0, 0.0)
-        change = step * unit
-        self.scales[tile] = scale + step
-        self.values[part] += change
-        self.moved[part] += change
-        self.gradient[part] -= within @ change
+        scale += step
+        self.values[part] += unit.mul_(step)
+        self._gradient[part].addmm_(within, unit, alpha=-1)
 
-    def _columns(self, start: int, stop: int) -> None:
-        if stop - start > 1:
-            middle = (start + stop) // 2
-            before = self.values[start:middle].clone()
-            self._columns(start, middle)
-            change = self.values[start:middle] - before
-            self.gradient[middle:stop].addmm_(self.moment[middle:stop, start:middle], change, alpha=-1)
-            self._columns(middle, stop)
-            return
-        curvature = self.moment[start, start]
-        if curvature > 0:
-            self._round(start, self.values[start] + self.gradient[start] / curvature)
+    def _visit(self, start: int, stop: int) -> None:
+        values, gradient, moved = self._columns
+        for column in range(start, stop):
+            for before in range(start, column):
+                gradient[column].add_(moved[before], alpha=-self._near[column - before][before])
+            new = torch.add(values[column], gradient[column], alpha=self._step[column], out=self._new)
+            self._grid.round_(new, column)
+            torch.sub(new, values[column], out=moved[column])
+            values[column].copy_(new)
 
-    def _round(self, column: int, target: Tensor) -> None:
-        tile = column // self.width
-        grid = self.scales[tile], None if self.zeros is None else self.zeros[tile]
-        one_each = TensorFormat(self.start.format.dtype, "token", symmetric=self.start.format.symmetric)
-        code = quantize(target, *grid, one_each)
-        value = dequantize(code, *grid, one_each)
-        self.codes[column] = code
-        self.moved[column] += value - self.values[column]
-        self.values[column] = value
 
-    def result(self) -> QuantizedTensor:
-        """As it is by now."""
-        scale = self.scales.T.contiguous() if self.has_groups else self.start.scale
-        return replace(self.start, codes=self.codes.T.contiguous(), scale=scale)
+def row_losses(error: Tensor, moment: Tensor) -> Tensor:
+    """e H eᵀ for each row e of a weight's error, given as columns (in, out): (out,). What is symmetric in H is computed
+    once."""
+    total = torch.zeros_like(error[0])
+    for start in range(0, len(error), _PANEL):
+        part = slice(start, min(start + _PANEL, len(error)))
+        into = torch.mm(moment[part, :start], error[:start]).mul_(2)
+        total += into.addmm_(moment[part, part], error[part]).mul_(error[part]).sum(0)
+    return total

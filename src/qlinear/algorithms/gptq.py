@@ -14,6 +14,7 @@ The targets are gathered by halves: the left half of the columns is rounded, one
 the right half, and so on inside each. All work but the rounding is in large products; at any depth it fits a cache.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,14 +22,17 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericsError
-from ..numerics import QuantizedTensor, choose_qparams, dequantize, quantize, quantize_tensor, require_finite
-from ..scheme import Scheme, TensorFormat
-from .descent import descend
+from ..numerics import QuantizedTensor, choose_qparams, require_finite
+from ..scheme import TensorFormat
+from .columns import FEW, ColumnGrid, by_halves
+from .descent import Descent, row_losses
 from .grid import least_error_qparams
-from .tiles import by_tile_column
+from .group import Group
 
 _DAMPING = 0.01
-_PANEL = 512
+# Elements of a weight that are worked on at once, as many of its rows as that makes: rows have nothing to do with
+# each other, and the working copies are several times as large as this.
+_AT_ONCE = 1 << 25
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +53,11 @@ class Factor:
 class Rounded:
     """What GPTQ made of one weight.
 
-    loss, rtn_loss: tr(E H Eᵀ) of the result and of round to nearest. damping: see `Factor`; None if the second moments
-    could not be factorized, and the result is round to nearest. rows_kept: how many rows are better off rounded to
-    nearest, and are.
+    damping: see `Factor`; None if the second moments could not be factorized, and the result is round to nearest.
+    rows_kept: how many rows GPTQ left no better than rounded to nearest, which the descent then began with.
     """
 
     weight: QuantizedTensor
-    loss: float
-    rtn_loss: float
     damping: float | None
     rows_kept: int
 
@@ -97,100 +98,123 @@ def _factor(upper: Tensor, size: Tensor, order: Tensor, damping: float) -> Facto
 
 
 def gptq(
-    weight: Tensor,
-    scheme: Scheme,
-    moment: Tensor,
-    factor: Factor | None,
+    group: Group,
     *,
+    damping: float = _DAMPING,
     grid: Literal["least-error", "extremes"] = "least-error",
     sweeps: int = 2,
-    scale_dtype: torch.dtype = torch.float32,
-    name: str = "weight",
-) -> Rounded:
-    """Codes of a weight whose output error on the calibration inputs is never above round to nearest's.
+) -> dict[str, Rounded]:
+    """Codes of each weight of a group, whose output error on the calibration inputs is never above round to nearest's.
 
-    weight: (out, in) float32. moment: the mean of x xᵀ (in, in) float32; factor: `factorize(moment)`, shared by all
-    weights that read x. grid: scales from `least_error_qparams` or from the extremes of each tile. sweeps: of the
-    descent that follows. scale_dtype: what scales are rounded to before codes are chosen. Raises NumericsError, with
-    `name`, on NaN or infinity, and SchemeError where the scheme does not fit.
+    group: with second moments, and smoothed already. damping: see `factorize`. grid: scales from
+    `least_error_qparams`, or from the extremes of each tile. sweeps: of the descent that follows. Raises NumericsError,
+    naming the weight, on NaN or infinity or without second moments, and SchemeError where the scheme does not fit.
     """
-    fmt = scheme.weight
-    if moment.shape != (weight.shape[1],) * 2:
-        raise NumericsError(
-            f"moment must be (in, in) of {name} {tuple(weight.shape)}; got {tuple(moment.shape)}"
-        )
-    nearest = quantize_tensor(weight, fmt, name, scale_dtype)
-    rtn_losses = row_losses(weight - nearest.dequantize(), moment)
-    rtn_loss = float(rtn_losses.sum())
+    first = next(iter(group.weights))
+    if group.moment is None:
+        raise NumericsError(f"GPTQ needs the second moments of the input of {first}; the group has none")
+    for name, weight in group.weights.items():
+        require_finite(weight, name)
+        if group.moment.shape != (weight.shape[1],) * 2:
+            raise NumericsError(
+                f"moment must be (in, in) of {name} {tuple(weight.shape)}; got {tuple(group.moment.shape)}"
+            )
+    factor = factorize(group.moment, damping, first)
+    parts: dict[str, list[tuple[QuantizedTensor, int]]] = {name: [] for name in group.weights}
+    for stack in _stacks(group.weights, group.scheme.weight):
+        rows = torch.cat([piece for _, piece in stack]) if len(stack) > 1 else stack[0][1]
+        found, kept = _round(rows, group, group.moment, factor, grid, sweeps)
+        start = 0
+        for name, piece in stack:
+            part = slice(start, start := start + len(piece))
+            parts[name].append((_rows(found, part, len(rows)), int(kept[part].sum())))
+    used = None if factor is None else factor.damping
+    return {
+        name: Rounded(_joined([each for each, _ in made]), used, sum(kept for _, kept in made))
+        for name, made in parts.items()
+    }
+
+
+def _stacks(weights: Mapping[str, Tensor], fmt: TensorFormat) -> Iterator[list[tuple[str, Tensor]]]:
+    """Weights that share second moments as runs of rows to work on at once: a column of all is one vector then."""
+    if fmt.granularity in ("tensor", "block"):  # rows share scales
+        yield from ([item] for item in weights.items())
+        return
+    most = max(1, _AT_ONCE // max(1, next(iter(weights.values())).shape[1]))
+    stack: list[tuple[str, Tensor]] = []
+    for name, weight in weights.items():
+        for piece in torch.split(weight, most):
+            if stack and sum(len(other) for _, other in stack) + len(piece) > most:
+                yield stack
+                stack = []
+            stack.append((name, piece))
+    yield stack
+
+
+def _round(
+    weight: Tensor,
+    group: Group,
+    moment: Tensor,
+    factor: Factor | None,
+    grid: Literal["least-error", "extremes"],
+    sweeps: int,
+) -> tuple[QuantizedTensor, Tensor]:
+    """Codes of a weight (out, in), and which rows (out,) GPTQ did not better."""
+    fmt, targets = group.scheme.weight, weight.T.contiguous()
+    nearest = ColumnGrid.of(choose_qparams(weight, fmt, group.scale_dtype), fmt, weight.shape)
+    values = nearest.round_all_(targets.clone())
     if factor is None:
-        return Rounded(nearest, rtn_loss, rtn_loss, None, weight.shape[0])
+        return nearest.quantized(values), torch.ones_like(weight[:, 0], dtype=torch.bool)
+    rtn_losses = row_losses(values.sub_(targets), moment)
+    found = nearest
     if grid == "least-error":
-        scale, zero_point = least_error_qparams(weight, fmt, moment.diagonal(), scale_dtype)
-    else:
-        scale, zero_point = choose_qparams(weight, fmt, scale_dtype)
-    found = QuantizedTensor(_propagate(weight, factor, scale, zero_point, fmt), scale, zero_point, fmt)
-    found = descend(weight, found, moment, sweeps, scale_dtype)
-    losses = row_losses(weight - found.dequantize(), moment)
-    keep = losses > rtn_losses
-    if fmt.tile(weight.shape)[0] > 1:  # rows share scales, and are kept or not together
-        keep = (losses.sum() > rtn_losses.sum()).expand_as(keep)
-    loss = float(torch.where(keep, rtn_losses, losses).sum())
-    return Rounded(_choose(keep, nearest, found), loss, rtn_loss, factor.damping, int(keep.sum()))
+        qparams = least_error_qparams(weight, fmt, moment.diagonal(), group.scale_dtype)
+        found = ColumnGrid.of(qparams, fmt, weight.shape)
+    descent = Descent(targets, _propagate(targets, factor, found), found, moment, group.scale_dtype)
+    losses = descent.losses()
+    kept = losses > rtn_losses
+    if fmt.granularity in ("tensor", "block"):  # rows share scales, and are kept or not together
+        kept = (losses.sum() > rtn_losses.sum()).expand_as(kept)
+    descent.restart(kept, nearest)
+    descent.run(sweeps)
+    return found.quantized(descent.values), kept
 
 
-def row_losses(error: Tensor, moment: Tensor) -> Tensor:
-    """e H eᵀ for each row e of a weight's error (out, in): (out,). What is symmetric in H is computed once."""
-    total = torch.zeros_like(error[:, 0])
-    for start in range(0, error.shape[1], _PANEL):
-        stop = min(start + _PANEL, error.shape[1])
-        panel = error[:, start:stop]
-        into = torch.mm(error[:, :start], moment[:start, start:stop]).mul_(2)
-        total += into.addmm_(panel, moment[start:stop, start:stop]).mul_(panel).sum(1)
-    return total
+def _propagate(targets: Tensor, factor: Factor, grid: ColumnGrid) -> Tensor:
+    """Values (in, out) on a grid that is given, each column rounded from its target."""
+    order, upper = factor.order.tolist(), factor.upper
+    values, errors = targets[factor.order], targets[factor.order]
+    value, error = values.unbind(), errors.unbind()
+    near = [upper.diagonal(distance).tolist() for distance in range(FEW)]
+
+    def visit(start: int, stop: int) -> None:
+        for column in range(start, stop):
+            for before in range(start, column):
+                value[column].add_(error[before], alpha=near[column - before][before])
+            error[column].sub_(grid.round_(value[column], order[column]))
+
+    def carry(done: slice, rest: slice) -> None:
+        values[rest].addmm_(upper[done, rest].T, errors[done])
+
+    by_halves(0, len(order), FEW, visit, carry)
+    errors[factor.order] = values
+    return errors
 
 
-def _choose(keep: Tensor, nearest: QuantizedTensor, found: QuantizedTensor) -> QuantizedTensor:
-    """Rows of `nearest` where `keep` (out,) says so, of `found` elsewhere."""
-    if not bool(keep.any()):
-        return found
-    if bool(keep.all()):
-        return nearest
-    zero_point = None
-    if nearest.zero_point is not None and found.zero_point is not None:
-        zero_point = torch.where(keep.unsqueeze(1), nearest.zero_point, found.zero_point)
-    codes = torch.where(keep.unsqueeze(1), nearest.codes, found.codes)
+def _rows(weight: QuantizedTensor, part: slice, of: int) -> QuantizedTensor:
+    """Some of the rows of a weight; all, where they share scales."""
+    if part == slice(0, of):
+        return weight
+    zero_point = None if weight.zero_point is None else weight.zero_point[part]
+    return QuantizedTensor(weight.codes[part], weight.scale[part], zero_point, weight.format)
+
+
+def _joined(parts: list[QuantizedTensor]) -> QuantizedTensor:
+    """A weight from runs of its rows."""
+    if len(parts) == 1:
+        return parts[0]
+    zeros = [part.zero_point for part in parts if part.zero_point is not None]
     return QuantizedTensor(
-        codes, torch.where(keep.unsqueeze(1), nearest.scale, found.scale), zero_point, found.format
-    )
-
-
-def _propagate(
-    weight: Tensor, factor: Factor, scale: Tensor, zero_point: Tensor | None, fmt: TensorFormat
-) -> Tensor:
-    """Codes (out, in) on a grid that is given, each column rounded from its target. Here columns are rows."""
-    order, upper = factor.order, factor.upper
-    targets = weight.T[order]
-    errors = targets.clone()
-    codes = torch.empty(targets.shape, dtype=fmt.storage, device=weight.device)
-    scales = by_tile_column(scale, fmt, weight.shape)
-    zeros = None if zero_point is None else by_tile_column(zero_point, fmt, weight.shape)
-    tile_of = (order // fmt.tile(weight.shape)[1]).tolist()
-    one_scale_each = TensorFormat(fmt.dtype, "token", symmetric=fmt.symmetric)
-
-    def sweep(start: int, stop: int) -> None:
-        if stop - start == 1:
-            tile = tile_of[start]
-            grid = scales[tile], None if zeros is None else zeros[tile]
-            code = quantize(targets[start], *grid, one_scale_each)
-            codes[start] = code
-            errors[start] -= dequantize(code, *grid, one_scale_each)
-            return
-        middle = (start + stop) // 2
-        sweep(start, middle)
-        targets[middle:stop].addmm_(upper[start:middle, middle:stop].T, errors[start:middle])
-        sweep(middle, stop)
-
-    sweep(0, len(tile_of))
-    ordered = torch.empty_like(codes)
-    ordered.view(torch.uint8)[order] = codes.view(torch.uint8)
-    return ordered.T.contiguous()
+        torch.cat([part.codes for part in parts]), torch.cat([part.scale for part in parts]),
+        torch.cat(zeros) if zeros else None, parts[0].format,
+    )  # fmt: skip

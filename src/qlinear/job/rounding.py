@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..algorithms import clip, factorize, gptq, round_to_nearest
+from ..algorithms import clip, gptq, round_to_nearest
 from ..algorithms.group import Group
 from ..calibrate import InputStats
 from ..checkpoint.layout import QuantizedLinear, scale_dtype
@@ -141,18 +141,16 @@ def _algorithm(group: Group, algorithm: Algorithm) -> dict[str, tuple[QuantizedT
     if algorithm == "awq":
         return {name: (clipped.weight, None) for name, clipped in clip(group).items()}
     if algorithm == "gptq" and group.moment is not None:
-        return _gptq(group, group.moment)
+        return _gptq(group)
     return {
         name: (round_to_nearest(matrix, group.scheme, name, group.scale_dtype), None)
         for name, matrix in group.weights.items()
     }
 
 
-def _gptq(group: Group, moment: Tensor) -> dict[str, tuple[QuantizedTensor, str | None]]:
-    factor = factorize(moment, name=next(iter(group.weights)))
+def _gptq(group: Group) -> dict[str, tuple[QuantizedTensor, str | None]]:
     made = {}
-    for name, matrix in group.weights.items():
-        rounded = gptq(matrix, group.scheme, moment, factor, scale_dtype=group.scale_dtype, name=name)
+    for name, rounded in gptq(group).items():
         note = None
         if rounded.fell_back:
             note = "its second moments could not be factorized: rounded to nearest"
