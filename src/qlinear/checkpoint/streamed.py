@@ -14,6 +14,7 @@ from ..memory import Spill
 from ..nn import QLinear, SmoothedLinear
 from ..ops.weight_only import multiplies_in
 from ..scheme import Scheme
+from ..structure import blamed
 from .conversion import NameMap
 from .dense import DenseView
 from .reader import Checkpoint
@@ -85,20 +86,32 @@ class StreamedModel:
         """The batches as lanes through the model, standing before the first block; `spill` as for `Lanes`.
 
         What lies outside of the blocks stays in memory, but for the tables of embeddings: every lane has read them by
-        then, and they can be as large as several blocks.
+        then, and they can be as large as several blocks. Raises StructureError where the model cannot be run.
         """
+        with (
+            blamed(self._twin),
+            self._outside_loaded(),
+            Lanes(self.model, [*self.blocks.values(), self.head], batches, spill) as lanes,
+            self._tables_left_out(),
+        ):
+            yield lanes
+
+    @contextmanager
+    def _outside_loaded(self) -> Iterator[None]:
+        """While open, what lies outside of the blocks is in memory."""
         outside = self._outside()
         for part in outside:
             self.names.materialize(part)
         try:
-            with (
-                Lanes(self.model, [*self.blocks.values(), self.head], batches, spill) as lanes,
-                self._tables_left_out(),
-            ):
-                yield lanes
+            yield
         finally:
             for part in outside:
                 self.names.release(part)
+
+    def _twin(self) -> tuple[nn.Module, Mapping[str, nn.Module]]:
+        """The same model without its weights, and its blocks."""
+        twin = StreamedModel(self.checkpoint, self.dtype, self.trust_remote_code)
+        return twin.model, twin.blocks
 
     @contextmanager
     def _tables_left_out(self) -> Iterator[None]:

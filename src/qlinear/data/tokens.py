@@ -153,16 +153,27 @@ def _flat(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
                 yield key, each
 
 
+# Other names (n_positions, ...) are aliases that the config itself resolves.
+_LIMITS = ("max_position_embeddings", "max_seq_len")
+
+
 def check_length(config: "PreTrainedConfig", seq_len: int) -> None:
     """Raise DataError if sequences are longer than the positions that the model was made for."""
-    text_config = config.get_text_config()
-    # Other names (n_positions, ...) are aliases that the config itself resolves.
-    for name in ("max_position_embeddings", "max_seq_len"):
-        limit = getattr(text_config, name, None)
-        if isinstance(limit, int) and 0 < limit < seq_len:
+    for name, limit in _limits(config).items():
+        if limit < seq_len:
             raise DataError(
                 f"seq_len {seq_len} is longer than the model takes ({name} {limit}): use at most {limit}"
             )
+
+
+def most_positions(config: "PreTrainedConfig") -> int | None:
+    """The longest sequence that the model was made for, as far as its config says."""
+    return min(_limits(config).values(), default=None)
+
+
+def _limits(config: "PreTrainedConfig") -> dict[str, int]:
+    found = {name: getattr(config.get_text_config(), name, None) for name in _LIMITS}
+    return {name: limit for name, limit in found.items() if isinstance(limit, int) and limit > 0}
 
 
 def _checked_ids(ids: Tensor, config: "PreTrainedConfig") -> Tensor:

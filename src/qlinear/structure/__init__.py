@@ -8,6 +8,7 @@ from .experiment import Product, Trace, observe
 from .folds import Fold, InputGroup, Producer, Reader, find_groups
 from .observe import Weight, watching
 from .proof import examine, prove, proved, run_in_float32
+from .runnable import blamed
 from .sketch import consulted, sketch
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Reader",
     "Trace",
     "Weight",
+    "blamed",
     "consulted",
     "examine",
     "find_groups",

@@ -1,24 +1,31 @@
-"""The structure of a model that has no weights in memory: one block of each kind is run with random ones.
+"""The structure of a model that has no weights in memory: one block of each kind is run with random ones (`imagined`).
 
-Who feeds whom does not depend on what the weights are. A matrix here is one random column, repeated without taking
-memory, so a block of any size can be sketched.
+Who feeds whom does not depend on what the weights are.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from ..blocks import Lanes, batches_of
 from .folds import InputGroup, find_groups
+from .imagined import (
+    TOKENS,
+    each_kind_once,
+    few_ids,
+    imagined_ids,
+    kind_of,
+    longest,
+    random_weights,
+    repeated,
+)
 from .proof import examine
+from .runnable import blamed
 
-_TOKENS, _FEW = 64, 16
 _DTYPE = Tensor.dtype.__get__  # type: ignore[attr-defined]
 # What a model may do to its weights as it runs; a repeated column cannot be written to.
 _RESCALING = {Tensor.div_, Tensor.mul_}
@@ -34,16 +41,17 @@ def sketch(model: nn.Module, blocks: Mapping[str, nn.Module], head: nn.Module) -
     kinds: dict[Any, tuple[list[InputGroup], list[Any]]] = {}
     found: dict[str, list[InputGroup]] = {}
     stops = [*blocks.values(), head]
-    ids = torch.arange(_TOKENS)
-    batches = [*batches_of(ids.unsqueeze(1), _TOKENS), *batches_of(ids.view(2, -1), 2)]
+    shapes = (TOKENS, 1), (2, longest(model))
+    batches = [batch for shape in shapes for batch in batches_of(imagined_ids(model, *shape), shape[0])]
     with (
+        blamed(lambda: (model, blocks)),
         torch.no_grad(),
         _OneColumn(),
         random_weights(_outside(model, stops)),
         Lanes(model, stops, batches) as lanes,
     ):
         while (block := lanes.at) is not None and block is not head:
-            kind = _kind(block)
+            kind = kind_of(block)
             if kind not in kinds:
                 kinds[kind] = _examined(block, lanes)
             groups, outputs = kinds[kind]
@@ -60,52 +68,24 @@ def consulted(model: nn.Module, blocks: Mapping[str, nn.Module]) -> frozenset[st
     weight as it runs, as RWKV does. model: with its parameters on meta, in any dtype; what its forward changes in it
     stays changed. As in `sketch`, what is found in the first block of a kind holds for all.
     """
-    kind_of = {name: _kind(block) for name, block in blocks.items()}
-    first = {kind: name for name, kind in reversed(kind_of.items())}
+    kinds = {name: kind_of(block) for name, block in blocks.items()}
+    first = {kind: name for name, kind in reversed(kinds.items())}
     with (
+        blamed(lambda: (model, blocks)),
         torch.no_grad(),
         _OneColumn(),
-        random_weights(model.modules(), _repeated),
+        random_weights(model.modules(), repeated),
         _Consulted(model) as seen,
-        _each_kind_once(blocks),
+        each_kind_once(blocks),
     ):
-        model(torch.arange(2 * _FEW).view(2, _FEW), use_cache=False)
-    alike = [(name, first[kind]) for name, kind in kind_of.items()]
+        model(few_ids(model), use_cache=False)
+    alike = [(name, first[kind]) for name, kind in kinds.items()]
     return frozenset(seen.names).union(
         name + asked.removeprefix(shown)
         for name, shown in alike
         for asked in seen.names
         if asked.startswith(f"{shown}.")
     )
-
-
-@contextmanager
-def _each_kind_once(blocks: Mapping[str, nn.Module]) -> Iterator[None]:
-    """While open, a block answers what the first of its kind has answered to arguments of the same shapes."""
-    answers: dict[Any, Any] = {}
-
-    def once(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def answer(*args: Any, **kwargs: Any) -> Any:
-            call = _kind(block), *(t.shape for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
-            if call not in answers:
-                answers[call] = forward(*args, **kwargs)
-            return answers[call]
-
-        return answer
-
-    distinct = dict.fromkeys(blocks.values())
-    for block in distinct:
-        block.forward = once(block, block.forward)
-    try:
-        yield
-    finally:
-        for block in distinct:
-            del block.forward
-
-
-def _kind(block: nn.Module) -> Any:
-    """Equal for blocks that are built alike: of one type, whose parameters have the same names and shapes."""
-    return type(block), tuple((name, p.shape) for name, p in block.named_parameters())
 
 
 class _Consulted(TorchFunctionMode):
@@ -151,40 +131,3 @@ def _outside(model: nn.Module, stops: list[nn.Module]) -> list[nn.Module]:
     """The modules that lie in none of `stops`."""
     inside = {id(module) for stop in stops for module in stop.modules()}
     return [module for module in model.modules() if id(module) not in inside]
-
-
-def _random(module: nn.Module, parameter: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(parameter.numel())
-    if isinstance(module, nn.Embedding):
-        # Only the first rows are ever looked up; the pages of the others are never touched.
-        table = torch.zeros(parameter.shape)
-        table[:_TOKENS] = torch.randn(table[:_TOKENS].shape, generator=generator)
-        return table
-    if parameter.dim() < 2:
-        return 1 + 0.1 * torch.randn(parameter.shape, generator=generator)
-    column = torch.randn((*parameter.shape[:-1], 1), generator=generator)
-    matrix: Tensor = (column / parameter.shape[-1] ** 0.5).expand(parameter.shape)
-    return matrix
-
-
-def _repeated(module: nn.Module, parameter: Tensor) -> Tensor:
-    """Tables of embeddings too are one column, and everything has the dtype that it will have."""
-    generator = torch.Generator().manual_seed(parameter.numel())
-    last = parameter.shape[-1] if parameter.dim() > 1 else 1
-    column = torch.randn((*parameter.shape[: parameter.dim() - 1], 1), generator=generator) / last**0.5
-    repeated: Tensor = column.to(parameter.dtype).expand(parameter.shape)
-    return repeated
-
-
-@contextmanager
-def random_weights(
-    modules: Iterable[nn.Module], make: Callable[[nn.Module, Tensor], Tensor] = _random
-) -> Iterator[None]:
-    """While open, these modules' own parameters, where they are on meta, hold random numbers."""
-    with ExitStack() as stack:
-        for module in modules:
-            stack.callback(module._parameters.update, dict(module._parameters))
-            for name, parameter in module._parameters.items():
-                if parameter is not None and parameter.is_meta:
-                    module._parameters[name] = nn.Parameter(make(module, parameter), requires_grad=False)
-        yield
