@@ -182,12 +182,23 @@ def test_leading_dimensions_are_quantized_one_by_one(x: Tensor, fmt: TensorForma
     assert torch.equal(both.scale[1], quantize_tensor(x * 2, fmt).scale)
 
 
-def test_a_weight_of_many_chunks_equals_one_rounded_whole() -> None:
-    weight, fmt = torch.randn(1100, 513), TensorFormat("int8", "channel", symmetric=False)
+@pytest.mark.parametrize(
+    "fmt",
+    [
+        TensorFormat("int8", "channel", symmetric=False),
+        TensorFormat("int4", "group", group_size=19, symmetric=False),
+        TensorFormat("float8_e4m3fn", "group", group_size=27),
+    ],
+    ids=str,
+)
+def test_a_weight_of_many_chunks_equals_one_rounded_whole(fmt: TensorFormat) -> None:
+    weight = torch.randn(1100, 513)
     scale, zero_point = choose_qparams(weight, fmt)
     chunked = quantize_tensor(weight, fmt)
     assert torch.equal(chunked.codes, quantize(weight, scale, zero_point, fmt))
     assert torch.equal(chunked.scale, scale)
+    if zero_point is not None:
+        assert torch.equal(chunked.zero_point, zero_point)  # type: ignore[arg-type]
 
 
 @given(x=tensors())
@@ -207,8 +218,9 @@ def test_nan_and_infinity_are_named_and_counted(bad: float, dtype: torch.dtype) 
     weight[1, 2:5] = bad
     with pytest.raises(NumericsError, match=r"q_proj.weight holds 3 NaN or infinite of 32 elements; why"):
         require_finite(weight, "q_proj.weight", "; why")
-    with pytest.raises(NumericsError, match="weight holds 3"):
-        quantize_tensor(weight, TensorFormat())
+    for fmt in INTEGER_FORMATS + FLOAT_FORMATS:
+        with pytest.raises(NumericsError, match="weight holds 3"):
+            quantize_tensor(weight, fmt)
 
 
 def test_large_finite_numbers_whose_sum_overflows_are_fine() -> None:

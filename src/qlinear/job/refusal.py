@@ -15,12 +15,15 @@ from torch import Tensor, nn
 
 from ..checkpoint import Checkpoint, StreamedModel, clear
 from ..errors import CheckpointError, NumericsError, SourceLostError, StructureError
+from ..numerics import count_bad
 from ..plan import Plan, is_parameter
 
 if TYPE_CHECKING:
     from .loop import Job
 
 _FLOAT = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# Bytes of a file that are looked through at once: they stay in a core's cache.
+_CHUNK = 512 << 10
 
 
 def require_floats(source: StreamedModel, plan: Plan) -> None:
@@ -51,14 +54,14 @@ def require_finite(
 def require_finite_block(source: StreamedModel, block: nn.Module) -> None:
     """Raise NumericsError if a weight of a block that is in memory holds NaN or infinity."""
     for name, parameter in block.named_parameters(source.name_of(block)):
-        if _count_bad(parameter.detach()):
+        if count_bad(parameter.detach()):
             for tensor in source.names.sources(name):
                 _require_finite(source.checkpoint, tensor)
 
 
 def _require_finite(checkpoint: Checkpoint, name: str) -> None:
     """Raise NumericsError, naming the tensor and counting, if the file holds NaN or infinity in it."""
-    bad = sum(_count_bad(part) for part in _parts(checkpoint, name))
+    bad = sum(count_bad(part) for part in _parts(checkpoint, name))
     if bad:
         info = checkpoint.info(name)
         raise NumericsError(
@@ -68,16 +71,11 @@ def _require_finite(checkpoint: Checkpoint, name: str) -> None:
 
 
 def _parts(checkpoint: Checkpoint, name: str) -> Iterator[Tensor]:
-    """A tensor's elements a few million at a time, flat, if they are floating point numbers that torch can add up."""
+    """A tensor's elements some at a time, flat, if they are floating point numbers that torch can add up."""
     dtype = checkpoint.info(name).dtype
     if dtype in _FLOAT:
-        for part in checkpoint.chunks(name):
+        for part in checkpoint.chunks(name, _CHUNK):
             yield torch.frombuffer(part, dtype=dtype)
-
-
-def _count_bad(x: Tensor) -> int:
-    # A sum of finite numbers can overflow, but NaN and infinity always reach it: one cheap pass decides.
-    return 0 if bool(x.sum(dtype=torch.float32).isfinite()) else int((~x.isfinite()).sum())
 
 
 @contextmanager
