@@ -1,10 +1,18 @@
 """What is remembered of the inputs of weights."""
 
+from typing import Any
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlinear.calibrate import StatsCollector
+from qlinear.blocks import Lanes, batches_of, find_blocks
+from qlinear.calibrate import InputStats, StatsCollector, calibrate
+from qlinear.structure import Weight, run_in_float32
+
+from .models import VOCABULARY
 
 
 @given(st.integers(1, 40), st.sampled_from([1, 3, 512, 700]), st.integers(0, 2**16))
@@ -35,3 +43,40 @@ def test_statistics_are_those_of_all_tokens_at_once(tokens: int, width: int, see
     assert torch.equal(found.absmax, whole.abs().amax(0))
     torch.testing.assert_close(found.mean, whole.mean(0), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.absmean, whole.abs().mean(0), rtol=1e-4, atol=1e-5)
+
+
+SMALL = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+}  # fmt: skip
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+# Of each architecture, the linear that a block ends with; None for experts, which tokens may come to in any order.
+CASES: dict[str, tuple[dict[str, Any], str | None]] = {
+    "llama": (SMALL, "mlp.down_proj"), "phi": (SMALL, "mlp.fc2"), "qwen3_moe": (SMALL | EXPERTS, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_a_rehearsal_ends_early_and_sees_what_a_whole_pass_sees(kind: str) -> None:
+    options, last = CASES[kind]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **options)).eval()
+    block, tokens = next(iter(find_blocks(model).values())), torch.randint(VOCABULARY, (8, 24))
+    found: list[dict[Weight, InputStats]] = []
+    computed: list[bool] = []
+    with torch.no_grad(), Lanes(model, [block], batches_of(tokens, 2)) as lanes:
+        trace = run_in_float32(block, lanes[0].waiting)
+        if last is not None:
+            block.get_submodule(last).register_forward_hook(lambda *call: computed.append(True))
+        for advance in (False, True):
+            found.append(calibrate(block, list(lanes), trace, second_moments=True, advance=advance))
+    assert len(computed) == (0 if last is None else 4)  # once for each lane, and only as it advanced
+    early, whole = found
+    assert early.keys() == whole.keys()
+    for weight, expected in whole.items():
+        seen = early[weight]
+        assert seen.tokens == expected.tokens
+        assert torch.equal(seen.sample, expected.sample)
+        assert seen.moment is not None
+        assert expected.moment is not None
+        assert torch.equal(seen.moment, expected.moment)

@@ -13,6 +13,7 @@ start a pool of its own). Between two blocks a lane holds what the model holds t
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
 from types import TracebackType
@@ -30,6 +31,10 @@ _WORTH_IT = 64 << 10
 
 class _Closed(BaseException):
     """Unwinds a lane that is no longer needed; not an Exception, so that no model code swallows it."""
+
+
+class Enough(BaseException):
+    """Ends a rehearsal when all has been seen that was to be seen; not an Exception, so that no model swallows it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +122,9 @@ class Lane(threading.Thread):
         self.advance(self.waiting.run())
 
     def rehearse(self) -> None:
-        """Run the block that the lane waits in, and stay."""
-        self.waiting.run()
+        """Run the block that the lane waits in, or as much of it as is wanted (`Enough`), and stay."""
+        with suppress(Enough):
+            self.waiting.run()
         self._rest()
 
     def close(self) -> None:

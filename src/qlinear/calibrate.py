@@ -8,7 +8,7 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from .blocks import Lane
+from .blocks import Enough, Lane
 from .errors import NumericsError
 from .ranks import Ranks
 from .structure import Trace, Weight, watching
@@ -151,12 +151,15 @@ def calibrate(
     measured = {key: weight for weight, key in source.items()}
     per_batch = -(-SAMPLE_TOKENS // max(1, sum(ranks.each(lambda: len(lanes)))))
     collectors = {weight: StatsCollector(per_batch, second_moments) for weight in measured.values()}
+    last = None if advance else _last(block, trace)
 
     def note(weight: Weight, x: Tensor) -> None:
         if weight not in source:  # an expert that no token of the trace has reached
             collectors.setdefault(weight, StatsCollector(per_batch, second_moments))
         if weight in collectors:
             collectors[weight].update(x)
+        if weight == last:
+            raise Enough
 
     def gather() -> dict[Weight, Gathered]:
         with watching(block, note), torch.no_grad():
@@ -175,6 +178,15 @@ def calibrate(
         seen[weight] = total.stats(moment)
     of = {weight: measured[key] for weight, key in source.items()} | {w: w for w in seen if w not in source}
     return {weight: seen[one] for weight, one in of.items() if one in seen}
+
+
+def _last(block: nn.Module, trace: Trace) -> Weight | None:
+    """The weight of a block after whose input there is none to see; None where not all took part in the trace, such as
+    experts, or it took part more than once."""
+    matrices = {name for name, parameter in block.named_parameters() if parameter.dim() > 1}
+    weights = [product.weight for product in trace.products]
+    is_last = matrices == {w.name for w in weights} and weights.count(weights[-1]) == 1
+    return weights[-1] if is_last and weights[-1].index is None else None
 
 
 def _moment(collector: StatsCollector | None, total: Gathered, ranks: Ranks) -> Tensor:

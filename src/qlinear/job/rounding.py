@@ -17,8 +17,8 @@ from .recipe import Algorithm, Findings, Recipe
 
 # Shares of a static input's range to choose from.
 _RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
-# Tokens that a linear's error is measured on. It is a norm over all of its outputs: more would cost, and tell no more.
-_MEASURED = 64
+# Tokens and rows that a linear's error is measured on, evenly spread. It is a norm: more would cost, and tell no more.
+_TOKENS, _ROWS = 64, 512
 # Elements of a float32 working copy that stay in a core's cache.
 _CHUNK = 1 << 18
 
@@ -94,16 +94,17 @@ def _round_unit(
         group = narrowed(group)
         inputs = input_qparams(group.low, group.high, activation)
     results = _algorithm(group, algorithm)
-    measured = replace(group, sample=_spread(group.sample))
+    measured = replace(group, sample=group.sample[_evenly(len(group.sample), _TOKENS)])
     x = measured.quantized_sample()
     for weight, (name, matrix) in zip(members, group.weights.items(), strict=True):
         quantized, note = results[name]
-        exact = measured.sample @ matrix.T
-        error = rtn_error = relative(x @ quantized.dequantize().T, exact)
+        rows, some = _some_rows(matrix, quantized)
+        exact = measured.sample @ rows.T
+        error = rtn_error = relative(x @ some.dequantize().T, exact)
         if not len(x):
             error = rtn_error = relative_error(quantized, matrix)
         if algorithm != "rtn":
-            nearest = round_to_nearest(matrix, group.scheme, name, group.scale_dtype)
+            nearest = round_to_nearest(rows, group.scheme, name, group.scale_dtype)
             rtn_error = relative(x @ nearest.dequantize().T, exact)
         held = QuantizedLinear(
             group.scheme, quantized, group.scale_dtype, *inputs, found.smoothing.migration.get(weight)
@@ -131,9 +132,19 @@ def narrowed(group: Group) -> Group:
     return best
 
 
-def _spread(sample: Tensor) -> Tensor:
-    """Of the sample's tokens as many as an error is measured on, spread evenly."""
-    return sample[:: max(1, len(sample) // _MEASURED)]
+def _evenly(count: int, most: int) -> slice:
+    """About `most` of so many, spread evenly."""
+    return slice(None, None, max(1, count // most))
+
+
+def _some_rows(matrix: Tensor, quantized: QuantizedTensor) -> tuple[Tensor, QuantizedTensor]:
+    """Rows of a matrix and of its codes that an error is measured on: all, where rows share scales."""
+    if quantized.format.granularity not in ("channel", "group"):
+        return matrix, quantized
+    rows = _evenly(len(matrix), _ROWS)
+    zeros = None if quantized.zero_point is None else quantized.zero_point[rows]
+    some = QuantizedTensor(quantized.codes[rows], quantized.scale[rows], zeros, quantized.format)
+    return matrix[rows], some
 
 
 def _algorithm(group: Group, algorithm: Algorithm) -> dict[str, tuple[QuantizedTensor, str | None]]:

@@ -180,8 +180,26 @@ def _as_linear(equation: str, x: int, matrix: int) -> bool | None:
     return ends.get(names[matrix]) if known else None
 
 
+class _Inputs(Watch):
+    """Reports what a weight is about to read, before the product."""
+
+    def __init__(self, block: nn.Module, on_input: Callable[[Weight, Tensor], None]) -> None:
+        super().__init__(block, lambda weight, x, y, bias: None)
+        self._on_input = on_input
+
+    def _product(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: Operands, weights: list[Weight]
+    ) -> Tensor:
+        x = found.rows(found.x)
+        for i, weight in enumerate(weights):
+            own = x if len(weights) == 1 else x[i]
+            self._on_input(weight, own.reshape(-1, own.shape[-1]))
+        y: Tensor = func(*args, **kwargs)
+        return y
+
+
 @contextmanager
-def watching(block: nn.Module, on_product: Callable[[Weight, Tensor], None]) -> Iterator[None]:
-    """While open, `on_product(weight, x)` is called for every product of the block; x is (tokens, in)."""
-    with Watch(block, lambda weight, x, y, bias: on_product(weight, x.reshape(-1, x.shape[-1]))):
+def watching(block: nn.Module, on_input: Callable[[Weight, Tensor], None]) -> Iterator[None]:
+    """While open, `on_input(weight, x)` is called before every product of the block; x is (tokens, in)."""
+    with _Inputs(block, on_input):
         yield
