@@ -65,6 +65,18 @@ def test_without_a_reference_there_is_nothing_to_compare(models: tuple[Path, Pat
     assert math.isfinite(found.perplexity)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_quantized_head_is_the_one_that_predicts(tied: bool, tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", tie_word_embeddings=tied)
+    ids = torch.arange(3, 45).reshape(3, 14)
+    qlinear.quantize(source, tmp_path / "out", calibration=ids, ignore=[])
+    streamed = qlinear.evaluate(tmp_path / "out", data=ids, dtype="float32")
+    with torch.no_grad():
+        logits = qlinear.load(tmp_path / "out", dtype="float32")(ids).logits
+    loss = score(ids, logits).loss.double().mean()
+    assert streamed.perplexity == pytest.approx(float(loss.exp()), rel=1e-5)
+
+
 def test_one_sequence_has_no_standard_error(models: tuple[Path, Path]) -> None:
     found = qlinear.evaluate(models[1], models[0], data=IDS[:1])
     assert found.kl_error is None

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "src" / "qlinear"
 TIERS = (
-    "errors | memory scheme | numerics packing | ops | functional | nn | structure smooth blocks ranks data | "
+    "errors | memory scheme device | numerics packing | ops | functional | nn | structure smooth blocks ranks data | "
     "calibrate | algorithms | checkpoint | demo | inputs plan | evaluation inspection generation inplace | "
     "job relayout | report | integrations | cli | __init__ __main__"
 )

@@ -46,9 +46,10 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def run(self) -> Any:
-        """The block's output for this call."""
-        return self.forward(*self.args, **self.kwargs)
+    def run(self, by: nn.Module | None = None) -> Any:
+        """The block's output for this call, or that of what stands in its place."""
+        forward = self.forward if by is None or by is self.module else by
+        return forward(*self.args, **self.kwargs)
 
     @property
     def hidden(self) -> Any:
@@ -117,9 +118,9 @@ class Lane(threading.Thread):
         self._answers.put(output)
         self._until_paused()
 
-    def step(self) -> None:
-        """Run the block that the lane waits in, and go on to the next."""
-        self.advance(self.waiting.run())
+    def step(self, by: nn.Module | None = None) -> None:
+        """Run the block that the lane waits in, or what stands in its place, and go on to the next."""
+        self.advance(self.waiting.run(by))
 
     def rehearse(self) -> None:
         """Run the block that the lane waits in, or as much of it as is wanted (`Enough`), and stay."""

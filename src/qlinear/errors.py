@@ -7,7 +7,8 @@
     │   └── SourceLostError    a checkpoint that could no longer be read
     ├── OutputError        a place that cannot be written to
     ├── DataError          calibration or evaluation data that cannot be used
-    └── StructureError     a model whose blocks cannot be found or run
+    ├── StructureError     a model whose blocks cannot be found or run
+    └── DeviceError        a device that is not there, or has too little memory
 
 Each message is one line: what is wrong, where, and how to mend it. The command line prints it as it is
 and exits with 2. All are ValueErrors, so code that wraps qlinear needs no import to catch them.
@@ -49,3 +50,7 @@ class DataError(QLinearError):
 
 class StructureError(QLinearError):
     """A model whose decoder blocks cannot be found or run."""
+
+
+class DeviceError(QLinearError):
+    """A device to compute on that is not there, or has too little memory."""

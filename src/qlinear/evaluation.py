@@ -12,11 +12,12 @@ from statistics import stdev
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .blocks import Lane, Lanes, batches_of
 from .checkpoint import StreamedModel
 from .data import Source
+from .device import CPU, as_device
 from .errors import DataError, NumericsError
 from .inputs import evaluation_ids, open_model
 
@@ -52,6 +53,7 @@ def evaluate(
     tokens: int = 16384,
     seq_len: int = 512,
     dtype: str | torch.dtype | None = None,
+    device: str | torch.device = CPU,
     trust_remote_code: bool = False,
     revision: str | None = None,
     progress: Progress = lambda stage, done, total: None,
@@ -59,10 +61,12 @@ def evaluate(
     """Perplexity of a checkpoint, quantized or not, on a text; with a reference how far it moved from that.
 
     model, reference: checkpoint folders, Hub ids, or "demo". data: text, as for `quantize`'s calibration, or token ids
-    (n, seq_len). tokens: how many of it are read, in sequences of seq_len. Raises QLinearError before any work.
+    (n, seq_len). tokens: how many of it are read, in sequences of seq_len. device: what
+    it is computed on, "cpu" or "cuda". Raises QLinearError before any work.
     """
-    opened = open_model(model, dtype, trust_remote_code, revision)
-    original = None if reference is None else open_model(reference, dtype, trust_remote_code)
+    where = as_device(device)
+    opened = open_model(model, dtype, trust_remote_code, revision, where)
+    original = None if reference is None else open_model(reference, dtype, trust_remote_code, device=where)
     sizes = [m.model.config.get_text_config().vocab_size for m in (opened, original) if m]
     if len(set(sizes)) > 1:
         raise DataError(
@@ -82,10 +86,12 @@ def compare(
     batches = batches_of(tokens, 1)
     scores: list[Scores] = []
     with ExitStack() as stack, torch.no_grad():
-        crowds = [stack.enter_context(at_heads(each, batches, progress)) for each in models]
+        arrived = [stack.enter_context(at_heads(each, batches, progress)) for each in models]
         for i, batch in enumerate(batches):
-            logits = [_logits(crowd[i], each) for crowd, each in zip(crowds, models, strict=True)]
-            scores.append(score(batch["input_ids"], *logits))
+            logits = [
+                _logits(lanes[i], head, each) for (lanes, head), each in zip(arrived, models, strict=True)
+            ]
+            scores.append(score(batch["input_ids"].to(model.device), *logits))
             progress("comparing outputs", i + 1, len(batches))
     return _summary(scores)
 
@@ -93,7 +99,7 @@ def compare(
 @contextmanager
 def at_heads(
     model: StreamedModel, batches: Sequence[Mapping[str, Any]], progress: Progress
-) -> Iterator[Lanes]:
+) -> Iterator[tuple[Lanes, nn.Module]]:
     """The batches taken through every block of a model, and standing before its output head, which is loaded."""
     with model.lanes(batches) as lanes:
         while (block := lanes.at) is not None and block is not model.head:
@@ -102,17 +108,17 @@ def at_heads(
                 for lane in lanes:
                     lane.step()
         progress(f"running {model.name}", len(model.blocks), len(model.blocks))
-        with model.loaded(model.head):
-            yield lanes
+        with model.loaded(model.head) as head:
+            yield lanes, head
 
 
-def _logits(lane: Lane, model: StreamedModel) -> Tensor:
-    """Let the lane run to its end, and take its logits (batch, seq_len, vocabulary).
+def _logits(lane: Lane, head: nn.Module, model: StreamedModel) -> Tensor:
+    """Let the lane run through the head to its end, and take its logits (batch, seq_len, vocabulary).
 
     Raises NumericsError if none of a token's is a number. Minus infinity is one: it is how models rule a token out.
     """
     while lane.call is not None:
-        lane.step()
+        lane.step(head)
     output, lane.output = lane.output, None
     logits: Tensor = output.logits
     bad = int((~logits.amax(-1).isfinite()).sum())

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from . import demo
 from .checkpoint import Checkpoint, StreamedModel, skeleton
 from .data import Source, load_tokenizer, token_ids
+from .device import CPU
 from .errors import SchemeError
 
 if TYPE_CHECKING:
@@ -25,11 +26,13 @@ def open_model(
     dtype: str | torch.dtype | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    device: torch.device = CPU,
 ) -> StreamedModel:
     """A checkpoint as a model that is ready to be streamed; nothing but headers has been read."""
     # A path is called by its last part; `demo` and Hub ids by themselves, not by the folder that they lead to.
     name = Path(model).name if Path(model).is_dir() else str(model)
-    return StreamedModel(open_checkpoint(model, revision), parse_dtype(dtype), trust_remote_code, name)
+    checkpoint = open_checkpoint(model, revision)
+    return StreamedModel(checkpoint, parse_dtype(dtype), trust_remote_code, name, device)
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

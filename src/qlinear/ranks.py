@@ -4,20 +4,24 @@
 
 Every rank does the same and knows the same, except for three things: the calibration set is split over the ranks, so
 is the rounding of a block's linears, and only the first rank, the leader, writes. What a rank finds is told to all;
-so is what goes wrong on one, or the others would wait for it. What passes between them lies in main memory, over gloo.
+so is what goes wrong on one, or the others would wait for it. What passes between them lies in main memory, over gloo;
+tensors from an accelerator arrive on the receiver's own.
 
 One process alone is the case of one rank: nothing is told, and nothing waits.
 """
 
+import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .device import CPU
 from .errors import QLinearError
 
 T = TypeVar("T")
@@ -26,10 +30,11 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process among those of a job: number `rank` of `size`."""
+    """This process among those of a job: number `rank` of `size`, which computes on `device`."""
 
     rank: int = 0
     size: int = 1
+    device: torch.device = CPU
 
     @classmethod
     def present(cls) -> "Ranks":
@@ -68,17 +73,19 @@ class Ranks:
         if self.size == 1:
             return [mine]
         told: list[Any] = [None] * self.size
-        dist.all_gather_object(told, mine)
-        return told
+        dist.all_gather_object(told, packed(mine, self.device))
+        return [unpacked(each, self.device) for each in told]
 
     def first(self, work: Callable[[], T]) -> T:
         """What `work` gives on the leader, which alone does it; what it raises, all raise."""
         told: list[Any] = [None]
         with self.together():
             told[0] = work() if self.leads else None
-        if self.size > 1:
-            dist.broadcast_object_list(told, src=0)
-        return told[0]  # type: ignore[no-any-return]
+        if self.size == 1:
+            return told[0]  # type: ignore[no-any-return]
+        told[0] = packed(told[0], self.device)
+        dist.broadcast_object_list(told, src=0)
+        return unpacked(told[0], self.device)  # type: ignore[no-any-return]
 
     def part(self, items: Sequence[T]) -> Sequence[T]:
         """The items that fall to this rank: neighbours, so that all parts in turn are `items`."""
@@ -97,8 +104,27 @@ class Ranks:
     def add_up(self, x: Tensor) -> Tensor:
         """`x`, which becomes the sum of what it is on every rank."""
         if self.size > 1:
-            dist.all_reduce(x)
+            total = x.cpu()
+            dist.all_reduce(total)
+            x = total.to(x.device)
         return x
+
+
+def packed(value: Any, device: torch.device) -> Any:
+    """What is told of a value: itself, or where tensors in it may be on an accelerator, bytes that do not say which."""
+    if device == CPU:
+        return value
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def unpacked(told: Any, device: torch.device) -> Any:
+    """The value, with its tensors on the device."""
+    if device == CPU:
+        return told
+    # From a process of the same job, which sends objects of ours, and from nobody else.
+    return torch.load(io.BytesIO(told), map_location=device, weights_only=False)
 
 
 @contextmanager

@@ -16,8 +16,10 @@ class BufferPool:
 
     def take(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A tensor with whatever contents: one that was given, or a new one."""
-        free = self._free[shape, dtype, device]
-        return free.pop() if free else torch.empty(shape, dtype=dtype, device=device)
+        try:  # a thread may be taking one at the same time
+            return self._free[shape, dtype, device].pop()
+        except IndexError:
+            return torch.empty(shape, dtype=dtype, device=device)
 
     def give(self, tensor: Tensor) -> None:
         """Offer a tensor that nothing uses any more."""

@@ -4,12 +4,14 @@ A part is in memory while it is used; its memory then serves the next one. Resul
 and in the shapes of their source, whatever transformers made of them on loading (`recipes`).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from ..device import CPU, Lift
 from ..errors import CheckpointError
 from .buffers import BufferPool
 from .reader import Checkpoint
@@ -28,10 +30,9 @@ class NameMap:
     Raises CheckpointError, before anything is loaded, if a parameter is missing or a shape differs.
     """
 
-    def __init__(
-        self, model: "PreTrainedModel", checkpoint: Checkpoint, device: torch.device | str = "cpu"
-    ) -> None:
-        self.model, self.checkpoint, self.device = model, checkpoint, torch.device(device)
+    def __init__(self, model: "PreTrainedModel", checkpoint: Checkpoint, device: torch.device = CPU) -> None:
+        self.model, self.checkpoint, self.device = model, checkpoint, device
+        self._lift = None if device == CPU else Lift(device)
         self._state: dict[str, Tensor] = model.state_dict(keep_vars=True)
         recipes, self.unused = find_recipes(model, checkpoint, self._state)
         self._recipes = {target: recipe for recipe in recipes for target in recipe.targets}
@@ -50,14 +51,23 @@ class NameMap:
         """
         self.assign(part, self.load(part))
 
-    def load(self, part: str) -> dict[str, Tensor]:
-        """Read what `assign` puts into a part. Touches no module: a thread may do it ahead of time."""
+    def load(self, part: str, known: Collection[str] = ()) -> dict[str, Tensor]:
+        """Read what `assign` puts into a part, but for what is `known`. Touches no module: a thread may do it ahead of
+        time, as long as nothing is released meanwhile."""
         found: dict[str, Tensor] = {}
-        for name in self.names_in(part):
-            key = self._key[name]
-            if key not in self._live and key not in found and key in self._recipes:
-                found.update(self._read(self._recipes[key]))
+        with nullcontext() if self._lift is None else self._lift.moving():
+            for name in self.names_in(part):
+                key = self._key[name]
+                if key in self._recipes and not (key in self._live or key in found or key in known):
+                    found.update(self._read(self._recipes[key]))
+        if self._lift is not None:
+            self._lift.hand_over(found.values())
         return found
+
+    def give_up(self, tensors: Iterable[Tensor]) -> None:
+        """Loaded tensors that are not assigned after all: their memory serves the next `load`."""
+        for tensor in tensors:
+            self._pool.give(tensor)
 
     def assign(self, part: str, tensors: Mapping[str, Tensor]) -> None:
         """Put loaded tensors into a part."""
@@ -158,13 +168,10 @@ class NameMap:
 
     def _read_into(self, source: str, out: Tensor) -> None:
         """One tensor of the file, but for its dtype and device, which are those of `out`."""
-        if out.device.type == "cpu":
+        if self._lift is None:
             self.checkpoint.read_as(source, out)
-            return
-        dtype = self.checkpoint.info(source).dtype
-        raw = self.checkpoint.read(source, self._pool.take(out.shape, dtype, torch.device("cpu")))
-        out.copy_(raw)
-        self._pool.give(raw)
+        else:
+            self.checkpoint.read_up(source, out, self._lift)
 
     def _find_ties(self) -> dict[str, str]:
         """For every name of a parameter or buffer, the name among those tied to it that the file has."""

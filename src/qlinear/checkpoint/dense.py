@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..device import Lift
 from ..errors import CheckpointError
 from ..scheme import Scheme
 from .header import TensorInfo
@@ -69,6 +70,12 @@ class DenseView(Checkpoint):
         module, _, leaf = name.rpartition(".")
         is_quantized = leaf == "weight" and module in self.schemes
         return self.read(name, out) if is_quantized else self.stored.read_as(name, out)
+
+    def read_up(self, name: str, out: Tensor, lift: Lift) -> Tensor:
+        """A tensor as `Checkpoint.read_up` gives it; a quantized matrix dequantized."""
+        module, _, leaf = name.rpartition(".")
+        is_quantized = leaf == "weight" and module in self.schemes
+        return self.read(name, out) if is_quantized else self.stored.read_up(name, out, lift)
 
 
 def quantization_config(checkpoint: Checkpoint) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..device import Lift
 from ..errors import CheckpointError, SourceLostError
 from .header import TensorInfo, parse_json, read_header
 from .pickled import read_pickled
@@ -109,6 +110,17 @@ class Checkpoint:
             values = torch.frombuffer(part, dtype=info.dtype)
             flat[done : done + len(values)].copy_(values)
             done += len(values)
+        return out
+
+    def read_up(self, name: str, out: Tensor, lift: Lift) -> Tensor:
+        """Read a tensor into `out` (contiguous, its shape) on an accelerator, and convert it to the dtype of `out`."""
+        info = self.info(name)
+        with _opened(info.file) as file:
+
+            def fill(memory: memoryview, before: int) -> None:
+                _read_exactly(file, memory, info.start + before, info.file)
+
+            lift.take_up(fill, info.nbytes, info.dtype, out)
         return out
 
     def chunks(self, name: str, size: int = _CHUNK) -> Iterator[memoryview]:

@@ -23,6 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..calibrate import InputStats
+from ..device import moved
 from ..errors import DataError, NumericsError, OutputError
 from ..structure import Trace, Weight
 from .output import write_atomically
@@ -43,6 +44,11 @@ class Statistics:
     inputs: Mapping[str, InputStats]
     idle: frozenset[str] = frozenset()
     fingerprint: str | None = None
+
+    def to(self, device: torch.device) -> "Statistics":
+        """The same on another device; what several weights share stays shared."""
+        there = {id(stats): moved(stats, device) for stats in self.inputs.values()}
+        return replace(self, inputs={name: there[id(stats)] for name, stats in self.inputs.items()})
 
     def of_block(self, prefix: str, trace: Trace) -> dict[Weight, InputStats]:
         """The statistics of all weights that multiplied in a run of the block `prefix`, as `calibrate` gives them.

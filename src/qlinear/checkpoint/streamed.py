@@ -6,15 +6,17 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..blocks import Lanes, find_blocks
+from ..device import CPU, computes_in, within_memory
 from ..errors import CheckpointError
 from ..memory import Spill
 from ..nn import QLinear, SmoothedLinear
 from ..ops.weight_only import multiplies_in
 from ..scheme import Scheme
 from ..structure import blamed
+from .ahead import Ahead
 from .conversion import NameMap
 from .dense import DenseView
 from .reader import Checkpoint
@@ -26,7 +28,7 @@ class StreamedModel:
 
     checkpoint: where they come from. dtype: what it computes in; None leaves the file's own dtype, except on
     processors that only emulate it, where float32 is several times faster. name: what to call it, by default the
-    folder's name. blocks: its decoder blocks by name.
+    folder's name. device: where it computes. blocks: its decoder blocks by name.
     head: the output head, and head_name. schemes: of the linears that the checkpoint holds quantized.
     Raises CheckpointError if the model cannot be built or lacks tensors.
     """
@@ -37,17 +39,20 @@ class StreamedModel:
         dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
         name: str | None = None,
+        device: torch.device = CPU,
     ) -> None:
-        self.checkpoint, self.trust_remote_code = checkpoint, trust_remote_code
+        self.checkpoint, self.trust_remote_code, self.device = checkpoint, trust_remote_code, device
         self.name = name or checkpoint.path.name
         self.model = skeleton(checkpoint.path, dtype, trust_remote_code=trust_remote_code)
-        self.dtype = dtype or compute_dtype(self.model.dtype)
+        self.dtype = dtype or compute_dtype(self.model.dtype, device)
         if self.dtype != self.model.dtype:
             self.model = skeleton(checkpoint.path, self.dtype, trust_remote_code=trust_remote_code)
         self._view = DenseView.of(checkpoint)
         _replace_transposed(self.model, self._view.schemes)
-        self.names = NameMap(self.model, self._view)
+        self.names = NameMap(self.model, self._view, device)
+        self._ahead = None if device == CPU else Ahead(self.names)
         self._hold_vectors()
+        _move_buffers(self.model, device)
         self.blocks = find_blocks(self.model)
         self.head: nn.Module = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         self.head_name: str = next(name for name, m in self.model.named_modules() if m is self.head)
@@ -88,10 +93,12 @@ class StreamedModel:
         What lies outside of the blocks stays in memory, but for the tables of embeddings: every lane has read them by
         then, and they can be as large as several blocks. Raises StructureError where the model cannot be run.
         """
+        stops = [*self.blocks.values(), self.head]
         with (
             blamed(self._twin),
+            within_memory(self.device),
             self._outside_loaded(),
-            Lanes(self.model, [*self.blocks.values(), self.head], batches, spill) as lanes,
+            Lanes(self.model, stops, [_on(self.device, batch) for batch in batches], spill) as lanes,
             self._tables_left_out(),
         ):
             yield lanes
@@ -105,6 +112,8 @@ class StreamedModel:
         try:
             yield
         finally:
+            if self._ahead is not None:
+                self._ahead.drop()
             for part in outside:
                 self.names.release(part)
 
@@ -135,21 +144,30 @@ class StreamedModel:
 
     @contextmanager
     def loaded(self, block: nn.Module) -> Iterator[nn.Module]:
-        """While open, the weights of a block (or the head) are in memory, and the next block's are read ahead."""
+        """While open, the weights of a block (or the head) are in memory, and the next block's are read ahead.
+
+        Yields what has them: the block itself, but of a quantized head what stands in its place.
+        """
         name = self.name_of(block)
-        self._materialize(name)
-        if block is not self.head:
-            self.expect(block)
-        try:
-            yield block
-        finally:
-            self.names.release(name)
-            for linear in self._quantized_in(name):
-                self.model.set_submodule(linear, _placeholder(self.model.get_submodule(linear)))
+        with within_memory(self.device):
+            self._materialize(name)
+            if block is not self.head:
+                self.expect(block)
+            try:
+                yield self.model.get_submodule(name)
+            finally:
+                if self._ahead is not None:
+                    self._ahead.settle()
+                self.names.release(name)
+                for linear in self._quantized_in(name):
+                    self.model.set_submodule(linear, _placeholder(self.model.get_submodule(linear)))
 
     def expect(self, block: nn.Module) -> None:
-        """Have the block after this one read ahead."""
+        """Have the block after this one read ahead: up to an accelerator, or by the system, into its page cache."""
         for following in list(self.blocks)[self.position(block) + 1 :][:1]:
+            if self._ahead is not None and not self._quantized_in(following):
+                self._ahead.begin(following)
+                continue
             sources = (self.names.sources(name) for name in self.names.names_in(following))
             self._view.expect(dict.fromkeys(chain.from_iterable(sources)))
 
@@ -161,7 +179,8 @@ class StreamedModel:
     def _materialize(self, part: str) -> None:
         quantized = self._quantized_in(part)
         if not quantized:
-            self.names.materialize(part)
+            ahead = {} if self._ahead is None else self._ahead.take(part)
+            self.names.assign(part, ahead | self.names.load(part, ahead))
             return
         covered = tuple(f"{name}." for name in quantized)
         for name in self.names.names_in(part):
@@ -188,7 +207,7 @@ class StreamedModel:
             layer.input_scale = held.input_scale
         if held.input_zero_point is not None and held.scheme.activation is not None:
             layer.input_zero_point = held.input_zero_point.to(held.scheme.activation.storage)
-        return layer
+        return layer.to(self.device)
 
     def _hold_vectors(self) -> None:
         """Have the float linears that keep a smoothing vector divide their inputs by it."""
@@ -243,9 +262,24 @@ def _replace_transposed(model: nn.Module, schemes: Mapping[str, Scheme]) -> None
             model.set_submodule(name, linear.requires_grad_(False))
 
 
-def compute_dtype(stored: torch.dtype) -> torch.dtype:
-    """The stored dtype where the processor multiplies in it, else float32."""
-    return stored if torch.cuda.is_available() or multiplies_in(stored) else torch.float32
+def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The stored dtype where the device multiplies in it, else float32."""
+    is_native = multiplies_in(stored) if device == CPU else computes_in(stored, device)
+    return stored if is_native else torch.float32
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Put what a model computed when it was built (rotary tables, masks) on the device; shared ones stay shared."""
+    moved: dict[int, Tensor] = {}
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = moved.setdefault(id(buffer), buffer.to(device))
+
+
+def _on(device: torch.device, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a model call, with tensors on the device."""
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
 def _placeholder(layer: nn.Module) -> nn.Linear:

@@ -47,6 +47,13 @@ Dtype = Annotated[
     ),
 ]
 
+Device = Annotated[
+    str,
+    typer.Option(
+        help="What to compute on: `cpu`, `cuda` (under torchrun, a GPU for each process) or `cuda:1`."
+    ),
+]
+
 
 @app.callback()
 def require_alone(context: typer.Context) -> None:
@@ -66,6 +73,8 @@ Examples:
     qlinear quantize ./model out --scheme w4a16 --algorithm gptq --smooth auto --scheme-for '*.down_proj=w8a16'
 
     qlinear quantize ./model out --smooth off --ignore 're:.*down_proj' --ignore lm_head
+
+    qlinear quantize ./model out --algorithm gptq --device cuda
 
     torchrun --nproc-per-node 2 -m qlinear quantize ./model out --algorithm gptq
 """
@@ -121,6 +130,7 @@ def quantize(
         ),
     ] = None,
     dtype: Dtype = None,
+    device: Device = "cpu",
     seed: Annotated[int, typer.Option(help="Chooses the calibration sequences.")] = 0,
     max_shard_size: Annotated[str, typer.Option(help="Bytes of one shard: 5GB, 500MB.")] = "5GB",
     max_memory: Annotated[
@@ -147,7 +157,7 @@ def quantize(
             model, out, scheme, smooth=_alpha(smooth), migration_scale=cast(Any, migration_scale),
             algorithm=cast(Any, algorithm), propagate=propagate, scheme_for=_pairs(scheme_for),
             keep_worst=keep_worst, format=format, calibration=calibration, samples=samples, seq_len=seq_len,
-            stats=stats, ignore=ignore, dtype=dtype, seed=seed,
+            stats=stats, ignore=ignore, dtype=dtype, device=device, seed=seed,
             max_shard_size=_bytes(max_shard_size, "--max-shard-size"),
             max_memory=None if max_memory is None else _bytes(max_memory, "--max-memory"),
             plan=plan, overwrite=overwrite, resume=resume, trust_remote_code=trust_remote_code, revision=revision,
@@ -175,6 +185,7 @@ def calibrate(
     samples: Annotated[int, typer.Option(min=1, help="Sequences of calibration text.")] = 128,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 512,
     dtype: Dtype = None,
+    device: Device = "cpu",
     seed: Annotated[int, typer.Option(help="Chooses the calibration sequences.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace the file if it exists.")] = False,
     trust_remote_code: Trust = False,
@@ -187,8 +198,9 @@ def calibrate(
 
     with _processes() as ranks, Bars(quiet or not ranks.leads) as bars:
         done = run(
-            model, stats, calibration=calibration, samples=samples, seq_len=seq_len, dtype=dtype, seed=seed,
-            overwrite=overwrite, trust_remote_code=trust_remote_code, revision=revision, progress=bars.update,
+            model, stats, calibration=calibration, samples=samples, seq_len=seq_len, dtype=dtype, device=device,
+            seed=seed, overwrite=overwrite, trust_remote_code=trust_remote_code, revision=revision,
+            progress=bars.update,
         )  # fmt: skip
     if ranks.leads:
         _show(done, as_json, show_calibration)
@@ -213,6 +225,7 @@ def evaluate(
     tokens: Annotated[int, typer.Option(min=2, help="How many tokens of it.")] = 16384,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")] = 512,
     dtype: Dtype = None,
+    device: Device = "cpu",
     trust_remote_code: Trust = False,
     revision: Revision = None,
     as_json: AsJson = False,
@@ -223,7 +236,7 @@ def evaluate(
 
     with Bars(quiet) as bars:
         evaluation = run(
-            model, reference, data=data, tokens=tokens, seq_len=seq_len, dtype=dtype,
+            model, reference, data=data, tokens=tokens, seq_len=seq_len, dtype=dtype, device=device,
             trust_remote_code=trust_remote_code, revision=revision, progress=bars.update,
         )  # fmt: skip
     _show(evaluation, as_json, show_evaluation)
@@ -301,6 +314,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="How far.")] = 64,
     dtype: Dtype = None,
+    device: Device = "cpu",
     trust_remote_code: Trust = False,
     revision: Revision = None,
     as_json: AsJson = False,
@@ -309,7 +323,13 @@ def generate(
     from ..generation import generate as run
 
     text = run(
-        model, prompt, max_new_tokens, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision
+        model,
+        prompt,
+        max_new_tokens,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
     )
     typer.echo(json.dumps({"prompt": prompt, "text": text}) if as_json else prompt + text)
 

@@ -18,6 +18,7 @@ finish     what makes a folder of shards a checkpoint
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +27,7 @@ import torch
 from ..checkpoint import require_empty, require_space
 from ..checkpoint.layouts import HOLD_TRANSPOSED, Keep, get_layout, kept
 from ..data import Source
+from ..device import CPU, as_device
 from ..errors import OutputError
 from ..inputs import calibration_ids, open_model
 from ..plan import make_plan
@@ -66,6 +68,7 @@ def quantize(
     stats: str | Path | None = None,
     ignore: Sequence[str] | None = None,
     dtype: str | torch.dtype | None = None,
+    device: str | torch.device = CPU,
     seed: int = 0,
     max_shard_size: int = 5 * 10**9,
     max_memory: int | None = None,
@@ -88,7 +91,8 @@ def quantize(
     "compressed-tensors", "lmdeploy", "awq" or "qlinear". calibration: text (a file, "demo", a Hub id, an iterable of
     strings), "random", or token ids (n, seq_len). samples, seq_len: how much of it is used. stats: what `qlinear
     calibrate` wrote, instead of that. ignore: patterns of linears to leave in float; the output head if None. dtype:
-    what the calibration computes in. max_memory: bytes to stay within; hidden states of the calibration set wait on
+    what the calibration computes in. device: what it all is computed on: "cpu", "cuda" (under torchrun each process's
+    own) or "cuda:1". max_memory: bytes to stay within; hidden states of the calibration set wait on
     the disk beyond it. plan: only say what it will take, after a short trial; nothing is written. resume: go on with
     an unfinished run into `out`; False starts anew. progress: called with (stage, done, total).
     Raises QLinearError, before any work, for whatever cannot be done; nothing is written then.
@@ -100,7 +104,8 @@ def quantize(
             raise OutputError(f"max_shard_size must be at least 1 byte; got {max_shard_size}")
         layout = get_layout(format)
         keep = kept(migration_scale, format, wanted)
-        source = open_model(model, dtype, trust_remote_code, revision)
+        where = as_device(device)
+        source = open_model(model, dtype, trust_remote_code, revision, where)
         source.checkpoint.require_unquantized()
         taken_up = ranks.leads and resume and not overwrite and can_be_taken_up(out)
         if ranks.leads and not taken_up:
@@ -116,7 +121,7 @@ def quantize(
         quantization_config(source, layout, chosen, ())  # a layout may have no place for what was asked for
         if ranks.leads:
             require_space(out, chosen.nbytes)
-        statistics = None if stats is None else require_statistics(stats, source, recipe)
+        statistics = None if stats is None else require_statistics(stats, source, recipe).to(where)
         memory = memory_limit(max_memory, source)
         tokens = None
         if recipe.needs_data:
@@ -133,6 +138,7 @@ def quantize(
         "seq_len": seq_len if tokens is None else tokens.shape[1], "seed": seed,
         "dtype": str(source.dtype).removeprefix("torch."), "max_shard_size": max_shard_size,
     }  # fmt: skip
+    ranks = replace(ranks, device=where)
     order = Order(source, chosen, recipe, tokens, statistics, memory, settings)
     if plan:
         return ranks.first(lambda: forecast(order, out, began, progress, ranks.size))

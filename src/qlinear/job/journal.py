@@ -157,7 +157,8 @@ def identity(source: StreamedModel, tokens: Tensor | None) -> dict[str, str]:
     """What, besides its settings, decides what a run writes: the model, the text, and who computes."""
     text = "none" if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
     packages = {name: version(name) for name in ("qlinear", "torch", "transformers")}
-    return {"model": source.checkpoint.fingerprint()[:16], "calibration": text, **packages}
+    model = source.checkpoint.fingerprint()[:16]
+    return {"model": model, "calibration": text, "device": source.device.type, **packages}
 
 
 def is_unfinished(out: str | Path) -> bool:
@@ -201,10 +202,14 @@ def _smoothing_as_bytes(found: Findings) -> bytes:
         ("columns", smoothing.columns), ("rows", smoothing.rows), ("migration", smoothing.migration),
     ):  # fmt: skip
         names[part] = json.dumps([[w.name, w.transposed, w.index, w.slices] for w in vectors])
-        tensors |= {f"{part}.{i}": vector.clone().contiguous() for i, vector in enumerate(vectors.values())}
+        tensors |= {f"{part}.{i}": _copied(vector) for i, vector in enumerate(vectors.values())}
     changed = sorted(smoothing.changed)
     names["changed"] = json.dumps(changed)
     tensors |= {
-        f"changed.{i}": found.block.get_parameter(name).detach().clone() for i, name in enumerate(changed)
+        f"changed.{i}": _copied(found.block.get_parameter(name).detach()) for i, name in enumerate(changed)
     }
     return bytes(save(tensors, names))
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", copy=True).contiguous()

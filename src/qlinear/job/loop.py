@@ -18,6 +18,7 @@ from ..blocks import Lane, batches_of, shared_parameters
 from ..calibrate import calibrate
 from ..checkpoint import Checkpoint, StreamedModel
 from ..checkpoint.statistics import Statistics
+from ..device import moved
 from ..errors import StructureError
 from ..memory import Spill
 from ..ranks import Ranks
@@ -180,13 +181,14 @@ class Job:
             _, self._likely = examine(block, probe.waiting, proof.waiting, (), self._shared[block])
         for lane in (probe, proof, *(() if self.recipe.propagate else calibration)):
             lane.step()
-        found.smoothing, changed = self.ranks.first(lambda: self.journal.smoothing_of(found.name))
+        smoothing, changed = self.ranks.first(lambda: self.journal.smoothing_of(found.name))
+        found.smoothing = moved(smoothing, self.source.device)
         for key, tensor in changed.items():
             block.get_parameter(key).detach().copy_(tensor)
         self.blocks.smooth_again(found)
         smoothed.step()
         if self.recipe.propagate:
-            held = self.ranks.first(lambda: self.blocks.read_back(found))
+            held = moved(self.ranks.first(lambda: self.blocks.read_back(found)), self.source.device)
             self._pass_on(found, self.blocks.put_back(found, held), calibration)
 
     def _pass_on(self, found: Findings, rounded: Sequence[Rounded], calibration: Sequence[Lane]) -> None:

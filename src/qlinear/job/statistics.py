@@ -13,6 +13,7 @@ from ..calibrate import InputStats, calibrate
 from ..checkpoint import StreamedModel
 from ..checkpoint.statistics import Statistics, input_name, merged, require_writable, save_statistics
 from ..data import Source
+from ..device import CPU, as_device, moved
 from ..evaluation import Progress
 from ..inputs import calibration_ids, open_model
 from ..ranks import Ranks
@@ -43,6 +44,7 @@ def write_statistics(
     samples: int = 128,
     seq_len: int = 512,
     dtype: str | torch.dtype | None = None,
+    device: str | torch.device = CPU,
     seed: int = 0,
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -58,10 +60,11 @@ def write_statistics(
     with ranks.together():
         if ranks.leads:
             require_writable(out, overwrite)
-        source = open_model(model, dtype, trust_remote_code, revision)
+        where = as_device(device)
+        source = open_model(model, dtype, trust_remote_code, revision, where)
         source.checkpoint.require_unquantized()
         tokens = calibration_ids(calibration, source, samples, seq_len, seed)
-    found = gather_statistics(source, tokens, progress, ranks)
+    found = gather_statistics(source, tokens, progress, replace(ranks, device=where))
     ranks.first(lambda: save_statistics(out, found))
     return Calibration(
         str(out), time.monotonic() - began, tokens.numel(), tuple(found.inputs), tuple(sorted(found.idle))
@@ -114,9 +117,9 @@ def _slices(block: nn.Module, weight: Weight) -> list[Weight]:
 
 
 def _named(found: Mapping[Weight, InputStats], block: str) -> dict[str, InputStats]:
-    """Without their samples, which stay out of files; what was one for several weights is still one."""
+    """On the CPU, without their samples, which stay out of files; what was one for several weights is still one."""
     bare = {
-        id(stats): replace(stats, sample=stats.sample.new_empty(0, stats.sample.shape[1]))
+        id(stats): moved(replace(stats, sample=stats.sample.new_empty(0, stats.sample.shape[1])), CPU)
         for stats in found.values()
     }
     return {input_name(block, weight): bare[id(stats)] for weight, stats in found.items()}

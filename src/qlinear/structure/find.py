@@ -237,7 +237,7 @@ def _digits(before: Tensor, after: Tensor) -> tuple[int, Tensor] | None:
     digit = (highest / degree - 1) / 2
     if not bool(((digit == digit.round()) & (digit >= 0) & (digit < _BASE))[moved].all()):
         return None
-    return degree, torch.where(moved, digit, -1.0).long()
+    return degree, torch.where(moved, digit, -1.0).long().cpu()
 
 
 def _enliven(call: Call) -> Call:

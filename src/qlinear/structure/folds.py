@@ -36,6 +36,8 @@ class Producer:
 class Reader:
     """A weight and where its input comes from: input channel j is producer channel `channels[j]`, -1 if unknown.
 
+    Vectors may be on any device, `channels` are on the CPU.
+
     degree: the input grows by that power of the producer: 2 behind a squared ReLU.
     """
 
@@ -45,15 +47,14 @@ class Reader:
 
     def spread(self, s: Tensor) -> Tensor:
         """What s (size,), divided out of the producer, divides this weight's input by (in,); 1 where unknown."""
-        return torch.where(
-            self.channels < 0, torch.ones_like(s[:1]), s[self.channels.clamp(min=0)] ** self.degree
-        )
+        channels = self.channels.to(s.device)
+        return torch.where(channels < 0, torch.ones_like(s[:1]), s[channels.clamp(min=0)] ** self.degree)
 
     def gather(self, per_input: Tensor, size: int) -> Tensor:
         """A statistic per input channel (in,) as its maximum per producer channel (size,); 0 where unread."""
-        known = self.channels >= 0
-        gathered = per_input.new_zeros(size)
-        return gathered.scatter_reduce_(0, self.channels[known], per_input[known], "amax")
+        channels = self.channels.to(per_input.device)
+        known, gathered = channels >= 0, per_input.new_zeros(size)
+        return gathered.scatter_reduce_(0, channels[known], per_input[known], "amax")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,7 +83,7 @@ class Fold:
     @property
     def reached(self) -> Tensor:
         """Which producer channels (size,) may be scaled: those that are known to reach every reader."""
-        reached = torch.ones(self.producer.size, dtype=torch.bool, device=self.readers[0].channels.device)
+        reached = torch.ones(self.producer.size, dtype=torch.bool)
         for reader in self.readers:
             seen = torch.zeros_like(reached)
             seen[reader.channels[reader.channels >= 0]] = True
