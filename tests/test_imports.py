@@ -7,8 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "src" / "qlinear"
 TIERS = (
-    "errors | memory scheme device | numerics packing | ops | functional | nn | structure smooth blocks ranks data | "
-    "calibrate | algorithms | checkpoint | demo | inputs plan | evaluation inspection generation inplace | "
+    "errors | memory scheme device cores | numerics packing | ops | functional | nn | structure smooth blocks ranks "
+    "data | calibrate | algorithms | checkpoint | demo | inputs plan | evaluation inspection generation inplace | "
     "job relayout | report | integrations | cli | __init__ __main__"
 )
 TIER = {name: tier for tier, names in enumerate(TIERS.split("|")) for name in names.split()}

@@ -27,12 +27,18 @@ def open_model(
     trust_remote_code: bool = False,
     revision: str | None = None,
     device: torch.device = CPU,
+    computes: bool = True,
 ) -> StreamedModel:
-    """A checkpoint as a model that is ready to be streamed; nothing but headers has been read."""
+    """A checkpoint as a model that is ready to be streamed; nothing but headers has been read.
+
+    computes: whether it will; if not, and no dtype is asked for, weights are left in the file's, the quickest to read.
+    """
     # A path is called by its last part; `demo` and Hub ids by themselves, not by the folder that they lead to.
     name = Path(model).name if Path(model).is_dir() else str(model)
-    checkpoint = open_checkpoint(model, revision)
-    return StreamedModel(checkpoint, parse_dtype(dtype), trust_remote_code, name, device)
+    checkpoint, wanted = open_checkpoint(model, revision), parse_dtype(dtype)
+    if wanted is None and not computes:
+        wanted = checkpoint.matrix_dtype
+    return StreamedModel(checkpoint, wanted, trust_remote_code, name, device)
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

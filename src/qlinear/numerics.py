@@ -34,7 +34,8 @@ def _is_finite(x: Tensor) -> bool:
     if infinity is None:
         return bool(torch.isfinite(x.sum(dtype=torch.float32)))
     # The bits of magnitudes are in the order of the magnitudes, NaN above infinity; adding up is several times slower.
-    return int((x.view(torch.int16) & 0x7FFF).amax()) < infinity
+    parts = torch.split(x.view(torch.int16).reshape(-1), _CHUNK)
+    return all(int((part & 0x7FFF).amax()) < infinity for part in parts)
 
 
 def require_finite(x: Tensor, name: str, hint: str = "") -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from .checkpoint import StreamedModel
-from .checkpoint.streamed import transposed_linears
+from .checkpoint.streamed import compute_dtype, transposed_linears
+from .device import CPU
 from .errors import SchemeError
 from .scheme import Scheme
 from .structure import consulted, sketch
@@ -143,7 +144,7 @@ def _float_holders(source: StreamedModel) -> frozenset[str]:
 
 def _asked_for(source: StreamedModel) -> frozenset[str]:
     """The linears whose weights the model does more with than call them."""
-    twin = StreamedModel(source.checkpoint, source.dtype, source.trust_remote_code)
+    twin = StreamedModel(source.checkpoint, compute_dtype(source.dtype, CPU), source.trust_remote_code)
     return consulted(twin.model, twin.blocks)
 
 

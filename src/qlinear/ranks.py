@@ -92,12 +92,17 @@ class Ranks:
         bounds = [len(items) * rank // self.size for rank in (self.rank, self.rank + 1)]
         return items[slice(*bounds)]
 
-    def shared(self, items: Sequence[T], work: Callable[[T], R]) -> Iterator[R]:
-        """`work` of each item, done by one rank and known to all, in the items' order; one by one on a rank alone."""
+    def shared(
+        self, items: Sequence[T], work: Callable[[T], R], over: Callable[..., Iterator[R]] = map
+    ) -> Iterator[R]:
+        """`work` of each item, done by one rank and known to all, in the items' order; one by one on a rank alone.
+
+        over: how a rank does its items, as `map` does or `Cores.map`.
+        """
         if self.size == 1:
-            yield from map(work, items)
+            yield from over(work, items)
             return
-        done = self.each(lambda: [work(item) for item in items[self.rank :: self.size]])
+        done = self.each(lambda: list(over(work, items[self.rank :: self.size])))
         for i in range(len(items)):
             yield done[i % self.size][i // self.size]
 

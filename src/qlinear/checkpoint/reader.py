@@ -20,12 +20,13 @@ from torch import Tensor
 
 from ..device import Lift
 from ..errors import CheckpointError, SourceLostError
-from .header import TensorInfo, parse_json, read_header
+from .header import DTYPES, TensorInfo, parse_json, read_header
 from .pickled import read_pickled
 
 _CHUNK = 4 << 20
 # Bytes that are converted at once: they and their copies stay in a core's cache.
 _CONVERTED = 512 << 10
+_TRAINED_IN = {"BF16", "F16", "F32"}
 # Of each tensor, what enters the fingerprint.
 _SAMPLE = 4 << 10
 # Never part of a result: weights in other forms, and what is written anew.
@@ -73,6 +74,12 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def matrix_dtype(self) -> torch.dtype | None:
+        """The dtype of all matrices, if it is one that weights are trained in; None where there are several."""
+        found = {info.dtype_name for info in self.tensors.values() if len(info.shape) > 1}
+        return DTYPES[found.pop()] if len(found) == 1 and found <= _TRAINED_IN else None
 
     def info(self, name: str) -> TensorInfo:
         """Where a tensor lies. Raises CheckpointError if there is none of that name."""

@@ -162,6 +162,16 @@ class StreamedModel:
                 for linear in self._quantized_in(name):
                     self.model.set_submodule(linear, _placeholder(self.model.get_submodule(linear)))
 
+    @contextmanager
+    def read_ahead(self) -> Iterator[None]:
+        """While open, the next block is read into memory, and not only into the system's, while one is worked on."""
+        before, self._ahead = self._ahead, self._ahead or Ahead(self.names)
+        try:
+            yield
+        finally:
+            self._ahead.drop()
+            self._ahead = before
+
     def expect(self, block: nn.Module) -> None:
         """Have the block after this one read ahead: up to an accelerator, or by the system, into its page cache."""
         for following in list(self.blocks)[self.position(block) + 1 :][:1]:

@@ -44,7 +44,7 @@ from .arguments import (
 from .forecast import forecast
 from .journal import can_be_taken_up, is_unfinished
 from .order import Order, Result, carry_out
-from .recipe import Algorithm, Layer, Progress, Recipe
+from .recipe import Algorithm, Layer, Progress, Recipe, needs_data
 from .refusal import require_floats
 
 __all__ = ["Layer", "Result", "quantize"]
@@ -105,16 +105,20 @@ def quantize(
         layout = get_layout(format)
         keep = kept(migration_scale, format, wanted)
         where = as_device(device)
-        source = open_model(model, dtype, trust_remote_code, revision, where)
+        others = {pattern: get_scheme(each) for pattern, each in (scheme_for or {}).items()}
+        algorithm, keep_worst = require_algorithm(algorithm), require_count(keep_worst, wanted)
+        smoothing = smoothing_of(smooth, algorithm, wanted)
+        schemes = [each for each in (wanted, *others.values()) if each is not None]
+        computes = needs_data(smoothing, algorithm, schemes, keep_worst)
+        source = open_model(model, dtype, trust_remote_code, revision, where, computes)
         source.checkpoint.require_unquantized()
         taken_up = ranks.leads and resume and not overwrite and can_be_taken_up(out)
         if ranks.leads and not taken_up:
             require_empty(out, overwrite or is_unfinished(out), source.checkpoint.path)
-        others = {pattern: get_scheme(each) for pattern, each in (scheme_for or {}).items()}
         chosen = make_plan(source, wanted, ignore, format in HOLD_TRANSPOSED, others)
         recipe = Recipe(
-            chosen.schemes, layout, require_algorithm(algorithm), smoothing_of(smooth, algorithm, wanted),
-            algorithm != "rtn" if propagate is None else propagate, require_count(keep_worst, wanted), keep,
+            chosen.schemes, layout, algorithm, smoothing,
+            algorithm != "rtn" if propagate is None else propagate, keep_worst, keep,
             frozenset() if keep == "never" else chosen.holders,
         )  # fmt: skip
         require_floats(source, chosen)

@@ -16,7 +16,6 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -106,7 +105,7 @@ class Journal:
 
     def _entry(self, shards: dict[str, Any] | None) -> bytes:
         """The journal as it is to be on the disk."""
-        layers = [asdict(layer) for layer in self.done.layers]
+        layers = [{key: getattr(layer, key) for key in Layer.__slots__} for layer in self.done.layers]
         entry = {
             "settings": self.settings, "blocks": self.done.blocks, "layers": layers,
             "warnings": self.done.warnings, "shards": shards,

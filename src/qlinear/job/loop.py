@@ -7,7 +7,7 @@
 A block that an interrupted run has finished is not worked on again: the set passes through it as it did then.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Container, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ from ..memory import Spill
 from ..ranks import Ranks
 from ..structure import Fold, examine, find_groups
 from .recipe import Findings, Layer, Progress, Recipe, joined, unseen
-from .refusal import require_finite_block
+from .refusal import finding_bad_weights
 from .rounding import Rounded
 from .simulate import simulated
 from .sink import Record, Sink
@@ -97,12 +97,17 @@ class Job:
         """Every block that is not finished yet, in the model's order: its name, when it is."""
         if self.tokens is not None:
             yield from self._calibrated_steps(self.tokens)
-            return
-        for name, block in self.source.blocks.items():
-            if name not in self.journal.done.blocks:
-                with self._loaded(block):
-                    self._write(self._findings(block))
-                yield name
+        else:
+            yield from self._plain_steps()
+
+    def _plain_steps(self) -> Iterator[str]:
+        """Where nothing passes through the blocks: the next one is read while one is rounded and the last written."""
+        with self.blocks.on_each_core(), self.source.read_ahead():
+            for name, block in self.source.blocks.items():
+                if name not in self.journal.done.blocks:
+                    with self._loaded(block, self.recipe.schemes):
+                        self._write(self._findings(block))
+                    yield name
 
     def _calibrated_steps(self, tokens: Tensor) -> Iterator[str]:
         with torch.no_grad(), self.source.lanes(self._batches(tokens), self.spill) as lanes:
@@ -116,11 +121,11 @@ class Job:
             require_agreement(lanes[1], lanes[2], self.source.checkpoint)
 
     @contextmanager
-    def _loaded(self, block: nn.Module) -> Iterator[None]:
+    def _loaded(self, block: nn.Module, rounded: Container[str] = ()) -> Iterator[None]:
+        """Inside, a block is in memory; nothing but rounding meets the weights of `rounded` linears."""
         if block is not self.source.head:
             self.progress("quantizing", self.source.position(block), len(self.source.blocks))
-        with self.source.loaded(block):
-            require_finite_block(self.source, block)
+        with self.source.loaded(block), finding_bad_weights(self.source, block, rounded):
             yield
 
     def _batches(self, tokens: Tensor) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """What is to be done to a model's linears, what was found of a block, and what became of each linear."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -25,10 +25,10 @@ class Layer:
     """What became of one linear that was quantized, or could keep its smoothing vector in float.
 
     scheme: None for float. error: relative, of its output on calibration tokens (of its weight where there were none,
-    or nothing but that is rounded); rtn_error: what round to nearest would have given; share: of the squared errors of
-    all linears. migration: where its smoothing lives; folded_into: the module that took it. alpha: of its smoothing;
-    curve: what every (form, alpha) that was tried would have cost. group: the first of the linears that read what it
-    reads.
+    or nothing but that is rounded), measured on some hundreds of its outputs, spread evenly; rtn_error: what round to
+    nearest would have given; share: of the squared errors of all linears. migration: where its smoothing lives;
+    folded_into: the module that took it. alpha: of its smoothing; curve: what every (form, alpha) that was tried would
+    have cost. group: the first of the linears that read what it reads.
     """
 
     name: str
@@ -66,8 +66,7 @@ class Recipe:
     @property
     def needs_data(self) -> bool:
         """Whether calibration text passes through the model."""
-        is_static = any(scheme.is_static for scheme in self.schemes.values())
-        return self.smooth is not None or self.algorithm != "rtn" or is_static or self.keep_worst > 0
+        return needs_data(self.smooth, self.algorithm, self.schemes.values(), self.keep_worst)
 
 
 @dataclass(slots=True)
@@ -116,6 +115,14 @@ class Findings:
             read = weight if stats is None else id(stats)
             groups.setdefault((weight.module.rpartition(".")[0], read), []).append(weight)
         return list(groups.values())
+
+
+def needs_data(
+    smooth: float | str | None, algorithm: Algorithm, schemes: Iterable[Scheme], keep_worst: int
+) -> bool:
+    """Whether what is asked for looks at the inputs of linears."""
+    is_static = any(scheme.is_static for scheme in schemes)
+    return smooth is not None or algorithm != "rtn" or is_static or keep_worst > 0
 
 
 def unseen(found: Findings, trace: Trace, recipe: Recipe) -> Iterator[str]:

@@ -5,7 +5,7 @@ all others, which are copied at the end of a run, before it begins. Where an old
 are read once more than needed, before that.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,10 +51,25 @@ def require_finite(
     progress("checking weights", len(names), len(names))
 
 
-def require_finite_block(source: StreamedModel, block: nn.Module) -> None:
-    """Raise NumericsError if a weight of a block that is in memory holds NaN or infinity."""
+@contextmanager
+def finding_bad_weights(source: StreamedModel, block: nn.Module, rounded: Container[str]) -> Iterator[None]:
+    """Raise NumericsError if a weight of a block that is in memory holds NaN or infinity.
+
+    rounded: the linears whose weights are only rounded inside, which finds it.
+    """
+    require_finite_block(source, block, rounded)
+    try:
+        yield
+    except NumericsError:
+        require_finite_block(source, block)  # which says more: the file, and what to do about it
+        raise
+
+
+def require_finite_block(source: StreamedModel, block: nn.Module, but: Container[str] = ()) -> None:
+    """Raise NumericsError if a weight of a block that is in memory, but for some linears', holds NaN or infinity."""
     for name, parameter in block.named_parameters(source.name_of(block)):
-        if count_bad(parameter.detach()):
+        is_left_out = name in but or name.removesuffix(".weight") in but
+        if not is_left_out and count_bad(parameter.detach()):
             for tensor in source.names.sources(name):
                 _require_finite(source.checkpoint, tensor)
 

@@ -10,7 +10,7 @@ from ..algorithms import clip, gptq, round_to_nearest
 from ..algorithms.group import Group
 from ..calibrate import InputStats
 from ..checkpoint.layout import QuantizedLinear, scale_dtype
-from ..numerics import QuantizedTensor, dequantize, qparams_from_range
+from ..numerics import QuantizedTensor, qparams_from_range
 from ..scheme import Scheme, TensorFormat
 from ..structure import Weight
 from .recipe import Algorithm, Findings, Recipe
@@ -19,8 +19,6 @@ from .recipe import Algorithm, Findings, Recipe
 _RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 # Tokens and rows that a linear's error is measured on, evenly spread. It is a norm: more would cost, and tell no more.
 _TOKENS, _ROWS = 64, 512
-# Elements of a float32 working copy that stay in a core's cache.
-_CHUNK = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +75,8 @@ def round_weights(found: Findings, weights: Sequence[Weight], recipe: Recipe) ->
 
 
 def _without_data(found: Findings, weight: Weight, scheme: Scheme) -> Rounded:
-    matrix = found.matrix(weight)
+    # As it is stored, where nothing smooths it: the float32 copy would take more memory than the rest of the work.
+    matrix = found.matrix(weight) if found.smoothing.touches(weight) else weight.of(found.block).detach()
     dtype = scale_dtype(scheme, found.stored_dtype(weight.name))
     quantized = round_to_nearest(matrix, scheme, found.full_name(weight), dtype)
     held = QuantizedLinear(scheme, quantized, dtype, migration_scale=found.smoothing.migration.get(weight))
@@ -177,17 +176,9 @@ def input_qparams(low: Tensor, high: Tensor, activation: TensorFormat) -> tuple[
 
 
 def relative_error(weight: QuantizedTensor, exact: Tensor) -> float:
-    """`relative` of what the codes of a matrix (out, in) stand for, a few rows at a time where rows have own scales."""
-    if weight.format.granularity not in ("channel", "group"):
-        return relative(weight.dequantize(), exact)
-    rows, off, norm = max(1, _CHUNK // max(1, exact.shape[-1])), 0.0, 0.0
-    for start in range(0, len(exact), rows):
-        part = slice(start, start + rows)
-        zeros = None if weight.zero_point is None else weight.zero_point[part]
-        is_off = dequantize(weight.codes[part], weight.scale[part], zeros, weight.format).sub_(exact[part])
-        off += float(is_off.norm()) ** 2
-        norm += float(exact[part].norm()) ** 2
-    return (off / norm) ** 0.5 if norm else 0.0
+    """`relative` of what the codes of a matrix (out, in) stand for, on some of its rows."""
+    rows, some = _some_rows(exact, weight)
+    return relative(some.dequantize(), rows.float())
 
 
 def relative(actual: Tensor, exact: Tensor) -> float:

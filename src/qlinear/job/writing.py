@@ -1,6 +1,7 @@
 """What a block becomes in the file: codes for what was chosen, what smoothing changed, and the rest as it was."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 
@@ -10,6 +11,8 @@ from torch import Tensor
 from ..algorithms.search import Search
 from ..checkpoint import StreamedModel
 from ..checkpoint.layout import QuantizedLinear
+from ..cores import apart
+from ..device import CPU
 from ..numerics import QuantizedTensor
 from ..plan import file_names
 from ..ranks import Ranks
@@ -32,6 +35,20 @@ class BlockWriter:
         self.layers, self.warnings = list(done.layers), list(done.warnings)
         self.kept: list[str] = []
         self._reserve = Reserve(recipe.keep_worst)
+        self._over: Callable[..., Iterator[list[Rounded]]] = map
+
+    @contextmanager
+    def on_each_core(self) -> Iterator[None]:
+        """Inside, linears are rounded one on each core, rather than each by all, while finished ones are written."""
+        if self.source.device != CPU:
+            yield
+            return
+        with apart() as cores:
+            self._over = cores.map
+            try:
+                yield
+            finally:
+                self._over = map
 
     def write(self, found: Findings) -> list[Rounded]:
         """Round what was chosen of a block and write it; the block's weights are smoothed when this returns."""
@@ -42,6 +59,7 @@ class BlockWriter:
         made_of = self.ranks.shared(
             [*single, *chain.from_iterable(experts.values())],
             lambda members: list(round_weights(found, members, self.recipe)),
+            self._over,
         )
         for members in single:
             made = next(made_of)

@@ -1,0 +1,51 @@
+"""The cores of this machine, each at work of its own.
+
+An operation of torch's is shared out over all cores, and done when the last of them is. To pass over a weight takes
+hundreds of short ones; where another process holds a core for a moment, all wait for it, each time. So what falls into
+pieces, the rounding of one linear and the next, is done by a thread each, whose operations stay with it.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Cores:
+    """A thread for each core; made by `apart`."""
+
+    def __init__(self, pool: ThreadPoolExecutor, count: int) -> None:
+        self._pool, self._count = pool, count
+
+    def map(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """`work` of each item, in the items' order. Only one more than there are cores is begun before it is taken."""
+        begun: deque[Future[R]] = deque()
+        try:
+            for item in items:
+                begun.append(self._pool.submit(work, item))
+                if len(begun) > self._count:
+                    yield begun.popleft().result()
+            while begun:
+                yield begun.popleft().result()
+        finally:
+            for future in begun:
+                future.cancel()
+            wait(begun)
+
+
+@contextmanager
+def apart() -> Iterator[Cores]:
+    """Inside, torch's operations keep to the thread that calls them, and there is such a thread for each core."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(count, "core") as pool:
+            yield Cores(pool, count)
+    finally:
+        torch.set_num_threads(count)
