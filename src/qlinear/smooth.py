@@ -99,10 +99,21 @@ class Smoothing:
         """
         smoothed = matrix.float()
         if weight in self.columns and (kept or weight not in self.migration):
-            smoothed = smoothed * self.columns[weight]
+            smoothed = torch.mul(smoothed, self.columns[weight], out=_unless_same(smoothed, matrix))
         if weight in self.rows:
-            smoothed = smoothed / self.rows[weight].unsqueeze(1)
+            rows = self.rows[weight].unsqueeze(1)
+            smoothed = torch.div(smoothed, rows, out=_unless_same(smoothed, matrix))
         return smoothed
+
+    def apply_in_place(self, weight: Weight, matrix: Tensor) -> None:
+        """Smooth a weight (out, in) where it lies, as a layer left in float has it."""
+        if matrix.dtype != torch.float32:
+            matrix.copy_(self.apply(weight, matrix, kept=False))
+            return
+        if weight in self.columns and weight not in self.migration:
+            matrix.mul_(self.columns[weight])
+        if weight in self.rows:
+            matrix.div_(self.rows[weight].unsqueeze(1))
 
     def touches(self, weight: Weight) -> bool:
         """Whether `apply` changes this weight."""
@@ -129,6 +140,11 @@ class Smoothing:
         for reader in fold.readers:
             self.columns[reader.weight] = reader.spread(s)
             self.folded_into[reader.weight] = producer.name
+
+
+def _unless_same(copy: Tensor, original: Tensor) -> Tensor | None:
+    """Where the next result may go: into what is a copy already; fresh pages cost more than the arithmetic."""
+    return None if copy is original else copy
 
 
 def _into_gain(block: nn.Module, producer: Producer, s: Tensor, stored: torch.dtype) -> Tensor:

@@ -91,8 +91,7 @@ class BlockWriter:
     def _smooth_in_place(self, found: Findings, weight: Weight) -> None:
         """Leave the smoothed weight in the block: for what stays float, and for the tokens that check the folds."""
         if found.smoothing.touches(weight):
-            matrix = weight.of(found.block).detach()
-            matrix.copy_(found.smoothing.apply(weight, matrix, kept=False))
+            found.smoothing.apply_in_place(weight, weight.of(found.block).detach())
 
     def _unit(self, found: Findings, made: Sequence[Rounded]) -> Unit:
         """What is written of some weights, and what would be if they stayed in float."""
