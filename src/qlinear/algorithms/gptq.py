@@ -30,6 +30,8 @@ from .grid import least_error_qparams
 from .group import Group
 
 _DAMPING = 0.01
+# Ranges to choose from: fewer than `grid.RATIOS`, since the descent moves the scales of groups on.
+_RATIOS = (1.0, 15 / 14, 0.92, 0.84, 0.76)
 # Elements of a weight that are worked on at once, as many of its rows as that makes: rows have nothing to do with
 # each other, and the working copies are several times as large as this.
 _AT_ONCE = 1 << 25
@@ -168,7 +170,7 @@ def _round(
     rtn_losses = row_losses(values.sub_(targets), moment)
     found = nearest
     if grid == "least-error":
-        qparams = least_error_qparams(weight, fmt, moment.diagonal(), group.scale_dtype)
+        qparams = least_error_qparams(weight, fmt, moment.diagonal(), group.scale_dtype, _RATIOS)
         found = ColumnGrid.of(qparams, fmt, weight.shape)
     descent = Descent(targets, _propagate(targets, factor, found), found, moment, group.scale_dtype)
     losses = descent.losses()
