@@ -172,7 +172,7 @@ def test_hidden_states_that_wait_on_the_disk_come_back_as_they_were(tmp_path: Pa
         while lanes.at is not None:
             assert all(lane.call.hidden.untyped_storage().nbytes() == 0 for lane in lanes if lane.call)
             for lane in lanes:
-                lane.rehearse()
+                lane.rehearse(Call.run)
                 lane.step()
         outputs = torch.cat([lane.output for lane in lanes])
     assert torch.equal(outputs, model(tokens))

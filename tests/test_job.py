@@ -369,7 +369,13 @@ def test_too_little_memory_is_refused_before_anything_is_written(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"smooth": "off"}, {"algorithm": "gptq", "max_memory": 1 << 40}, {"scheme": "w4a16-g32"}]
+    "options",
+    [
+        {},
+        {"smooth": "off"},
+        {"algorithm": "gptq", "max_memory": 1 << 40},
+        {"scheme": "w4a16-g32", "refine": 1},
+    ],
 )
 def test_a_plan_tells_the_size_and_writes_nothing(tmp_path: Path, options: dict[str, Any]) -> None:
     source = save_model(

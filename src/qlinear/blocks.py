@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +25,14 @@ from torch import Tensor, nn
 from .errors import StructureError
 from .memory import Slot, Spill
 
+R = TypeVar("R")
+
 # Bytes that a hidden state must have for the disk to be worth its while.
 _WORTH_IT = 64 << 10
 
 
 class _Closed(BaseException):
     """Unwinds a lane that is no longer needed; not an Exception, so that no model code swallows it."""
-
-
-class Enough(BaseException):
-    """Ends a rehearsal when all has been seen that was to be seen; not an Exception, so that no model swallows it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +48,11 @@ class Call:
         """The block's output for this call, or that of what stands in its place."""
         forward = self.forward if by is None or by is self.module else by
         return forward(*self.args, **self.kwargs)
+
+    def run_until(self, enough: type[BaseException]) -> None:
+        """Run the block for what is seen on the way, until that raises `enough`."""
+        with suppress(enough):
+            self.run()
 
     @property
     def hidden(self) -> Any:
@@ -122,11 +125,11 @@ class Lane(threading.Thread):
         """Run the block that the lane waits in, or what stands in its place, and go on to the next."""
         self.advance(self.waiting.run(by))
 
-    def rehearse(self) -> None:
-        """Run the block that the lane waits in, or as much of it as is wanted (`Enough`), and stay."""
-        with suppress(Enough):
-            self.waiting.run()
+    def rehearse(self, run: Callable[[Call], R]) -> R:
+        """Do something with the call that the lane waits in, and stay: what `run` gives."""
+        given = run(self.waiting)
         self._rest()
+        return given
 
     def close(self) -> None:
         """End the lane wherever it stands; one that runs, as after Ctrl-C, ends at its next block."""

@@ -8,7 +8,7 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from .blocks import Enough, Lane
+from .blocks import Lane
 from .errors import NumericsError
 from .ranks import Ranks
 from .structure import Trace, Weight, watching
@@ -19,6 +19,10 @@ _PANEL = 512
 # Elements that stay in a core's cache while they are passed over several times.
 _CHUNK = 1 << 17
 _ALONE = Ranks()
+
+
+class _Enough(BaseException):
+    """All has been seen that was to be seen of a block; not an Exception, so that no model swallows it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +163,7 @@ def calibrate(
         if weight in collectors:
             collectors[weight].update(x)
         if weight == last:
-            raise Enough
+            raise _Enough
 
     def gather() -> dict[Weight, Gathered]:
         with watching(block, note), torch.no_grad():
@@ -167,7 +171,7 @@ def calibrate(
                 if advance:
                     lane.step()
                 else:
-                    lane.rehearse()
+                    lane.rehearse(lambda call: call.run_until(_Enough))
         return {w: c.gathered(f"{prefix}.{w.module}") for w, c in collectors.items() if c.tokens}
 
     parts = ranks.each(gather)

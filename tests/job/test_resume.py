@@ -18,6 +18,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-no-data": {"smooth": "off"},
     "llama-gptq": {"algorithm": "gptq", "scheme": "w8a8", "smooth": "auto"},
+    "llama-refined": {"refine": 1, "scheme": "w4a16-channel"},
     "llama-kept": {"format": "qlinear", "migration_scale": "always", "propagate": True},
     "llama-float": {"scheme": "none", "format": "qlinear", "migration_scale": "always"},
     "qwen3_moe": {"algorithm": "awq"},

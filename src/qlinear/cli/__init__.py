@@ -123,6 +123,10 @@ def quantize(
         ),
     ] = None,
     keep_worst: Annotated[int, typer.Option(min=0, help="Leave so many of the worst linears in float.")] = 0,
+    refine: Annotated[
+        int,
+        typer.Option(min=0, help="Passes over the calibration text to tune the scales of each block. Try 2."),
+    ] = 0,
     propagate: Annotated[
         Optional[bool],  # noqa: UP045
         typer.Option(
@@ -156,8 +160,8 @@ def quantize(
         result = run(
             model, out, scheme, smooth=_alpha(smooth), migration_scale=cast(Any, migration_scale),
             algorithm=cast(Any, algorithm), propagate=propagate, scheme_for=_pairs(scheme_for),
-            keep_worst=keep_worst, format=format, calibration=calibration, samples=samples, seq_len=seq_len,
-            stats=stats, ignore=ignore, dtype=dtype, device=device, seed=seed,
+            keep_worst=keep_worst, refine=refine, format=format, calibration=calibration, samples=samples,
+            seq_len=seq_len, stats=stats, ignore=ignore, dtype=dtype, device=device, seed=seed,
             max_shard_size=_bytes(max_shard_size, "--max-shard-size"),
             max_memory=None if max_memory is None else _bytes(max_memory, "--max-memory"),
             plan=plan, overwrite=overwrite, resume=resume, trust_remote_code=trust_remote_code, revision=revision,

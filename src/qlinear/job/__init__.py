@@ -7,6 +7,7 @@ refusal    what is refused once weights are read, and that it leaves no trace
 loop       one visible loop over the blocks:
   smoothing    the vector of each group of linears
   rounding     the algorithm that makes codes of their weights
+  refining     the scales of all of them, tuned together
   writing      what a block becomes in the file
   reserve      the most sensitive linears, held back
   simulate     what the next blocks see of a quantized one
@@ -38,6 +39,7 @@ from .arguments import (
     quantization_config,
     require_algorithm,
     require_count,
+    require_refinable,
     require_statistics,
     smoothing_of,
 )
@@ -61,6 +63,7 @@ def quantize(
     propagate: bool | None = None,
     scheme_for: Mapping[str, str | Scheme] | None = None,
     keep_worst: int = 0,
+    refine: int = 0,
     format: str = "compressed-tensors",
     calibration: Source = "demo",
     samples: int = 128,
@@ -82,19 +85,21 @@ def quantize(
     """Quantize the linears of a checkpoint's decoder blocks, and write the result to a new folder.
 
     model: a checkpoint folder, a Hub id, or "demo". out: the folder to make. scheme: a preset's name, or a Scheme;
-    "none" smooths and rounds nothing. smooth: alpha of SmoothQuant; "auto" to search it for each group; "off"; None for
-    0.5, or for AWQ's own search where `algorithm` is that. migration_scale: which smoothing vectors stay with their
-    layers, where `format` has a place for them (for float layers "qlinear" alone): those that no producer can take
-    ("unfolded"), all ("always") or none ("never"). algorithm: "rtn", "gptq" or "awq". propagate: whether blocks are
-    calibrated with what the quantized blocks before them give; None for yes, unless rounding to nearest. scheme_for:
-    other schemes by pattern of names. keep_worst: how many of the most sensitive linears to leave in float. format:
-    "compressed-tensors", "lmdeploy", "awq" or "qlinear". calibration: text (a file, "demo", a Hub id, an iterable of
-    strings), "random", or token ids (n, seq_len). samples, seq_len: how much of it is used. stats: what `qlinear
-    calibrate` wrote, instead of that. ignore: patterns of linears to leave in float; the output head if None. dtype:
-    what the calibration computes in. device: what it all is computed on: "cpu", "cuda" (under torchrun each process's
-    own) or "cuda:1". max_memory: bytes to stay within; hidden states of the calibration set wait on
-    the disk beyond it. plan: only say what it will take, after a short trial; nothing is written. resume: go on with
-    an unfinished run into `out`; False starts anew. progress: called with (stage, done, total).
+    "none" smooths and rounds nothing. smooth: alpha of SmoothQuant; "auto" to search it for each group; "off"; None
+    for 0.5, or for AWQ's own search where `algorithm` is that. migration_scale: which smoothing vectors stay with
+    their layers, where `format` has a place for them (for float layers "qlinear" alone): those that no producer can
+    take ("unfolded"), all ("always") or none ("never"). algorithm: "rtn", "gptq" or "awq". propagate: whether
+    blocks are calibrated with what the quantized blocks before them give; None for yes, unless rounding to nearest.
+    scheme_for: other schemes by pattern of names. keep_worst: how many of the most sensitive linears to leave in
+    float. refine: how many times the calibration set is seen to tune the scales of each block together, towards
+    what the original gives. format: "compressed-tensors", "lmdeploy", "awq" or "qlinear". calibration: text (a
+    file, "demo", a Hub id, an iterable of strings), "random", or token ids (n, seq_len). samples, seq_len: how much
+    of it is used. stats: what `qlinear calibrate` wrote, instead of that. ignore: patterns of linears to leave in
+    float; the output head if None. dtype: what the calibration computes in. device: what it all is computed on:
+    "cpu", "cuda" (under torchrun each process's own) or "cuda:1". max_memory: bytes to stay within; hidden states
+    of the calibration set wait on the disk beyond it. plan: only say what it will take, after a short trial;
+    nothing is written. resume: go on with an unfinished run into `out`; False starts anew. progress: called with
+    (stage, done, total).
     Raises QLinearError, before any work, for whatever cannot be done; nothing is written then.
     """
     began, ranks = time.monotonic(), Ranks.present()
@@ -108,8 +113,9 @@ def quantize(
         others = {pattern: get_scheme(each) for pattern, each in (scheme_for or {}).items()}
         algorithm, keep_worst = require_algorithm(algorithm), require_count(keep_worst, wanted)
         smoothing = smoothing_of(smooth, algorithm, wanted)
+        refine = require_refinable(refine, wanted, propagate, stats is not None)
         schemes = [each for each in (wanted, *others.values()) if each is not None]
-        computes = needs_data(smoothing, algorithm, schemes, keep_worst)
+        computes = needs_data(smoothing, algorithm, schemes, keep_worst, refine)
         source = open_model(model, dtype, trust_remote_code, revision, where, computes)
         source.checkpoint.require_unquantized()
         taken_up = ranks.leads and resume and not overwrite and can_be_taken_up(out)
@@ -118,8 +124,8 @@ def quantize(
         chosen = make_plan(source, wanted, ignore, format in HOLD_TRANSPOSED, others)
         recipe = Recipe(
             chosen.schemes, layout, algorithm, smoothing,
-            algorithm != "rtn" if propagate is None else propagate, keep_worst, keep,
-            frozenset() if keep == "never" else chosen.holders,
+            algorithm != "rtn" or refine > 0 if propagate is None else propagate, keep_worst, keep,
+            frozenset() if keep == "never" else chosen.holders, refine,
         )  # fmt: skip
         require_floats(source, chosen)
         quantization_config(source, layout, chosen, ())  # a layout may have no place for what was asked for
@@ -136,7 +142,7 @@ def quantize(
         "scheme": "none" if wanted is None else wanted.name, "format": format, "algorithm": algorithm,
         "smooth": "off" if recipe.smooth is None else recipe.smooth, "migration_scale": keep,
         "propagate": recipe.propagate, "scheme_for": {pattern: each.name for pattern, each in others.items()},
-        "keep_worst": keep_worst, "stats": None if stats is None else Path(stats).name,
+        "keep_worst": keep_worst, "refine": refine, "stats": None if stats is None else Path(stats).name,
         "ignore": None if ignore is None else list(ignore),
         "samples": 0 if tokens is None else len(tokens),
         "seq_len": seq_len if tokens is None else tokens.shape[1], "seed": seed,

@@ -86,6 +86,24 @@ def require_count(keep_worst: int, scheme: Scheme | None) -> int:
     return keep_worst
 
 
+def require_refinable(
+    refine: int, scheme: Scheme | None, propagate: bool | None, has_statistics: bool
+) -> int:
+    """How often the calibration set is seen to refine a block, if it can be at all. Raises SchemeError."""
+    if refine < 0 or (refine and scheme is None):
+        raise SchemeError(
+            f"refine must be 0 or more, and 0 where nothing is quantized; got {refine} with scheme "
+            f"{'none' if scheme is None else scheme.name!r}"
+        )
+    if refine and propagate is False:
+        raise SchemeError(
+            "refine tunes a block on what the quantized blocks before it give: leave out --no-propagate"
+        )
+    if refine and has_statistics:
+        raise SchemeError("refine needs the calibration text itself: leave out --stats")
+    return refine
+
+
 def memory_limit(max_memory: int | None, source: StreamedModel) -> int | None:
     """The resident bytes beyond which hidden states are to wait on the disk. Raises SchemeError if too few are allowed.
 

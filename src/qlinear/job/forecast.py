@@ -87,7 +87,9 @@ def _lane_nbytes(order: Order) -> int:
         return 0
     width: int = order.source.model.config.get_text_config().hidden_size
     tokens = rows_at_once(order.tokens) * order.tokens.shape[1]
-    return int(_BESIDE * tokens * width * order.source.dtype.itemsize)
+    # To refine, the original's hidden states wait beside it, and are compared with.
+    lanes = 3 if order.recipe.refine else 1
+    return int(_BESIDE * tokens * width * order.source.dtype.itemsize) * lanes
 
 
 def _write_rate(out: Path) -> float:

@@ -7,9 +7,9 @@
 A block that an interrupted run has finished is not worked on again: the set passes through it as it did then.
 """
 
-from collections.abc import Container, Generator, Iterator, Sequence
+from collections.abc import Container, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from ..memory import Spill
 from ..ranks import Ranks
 from ..structure import Fold, examine, find_groups
 from .recipe import Findings, Layer, Progress, Recipe, joined, unseen
+from .refining import hidden_of, refine
 from .refusal import finding_bad_weights
 from .rounding import Rounded
 from .simulate import simulated
@@ -36,6 +37,17 @@ _PROBE, _PROOF = 64, (2, 16)
 # Tokens that pass through a block at once: enough to fill a matrix product, few enough to stay small.
 _BATCH_TOKENS = 1024
 _ALONE = Ranks()
+
+
+class Standing(NamedTuple):
+    """What stands before a block: experiments, the calibration set as quantized blocks leave it, and, where a block is
+    refined, the same set as the original ones do."""
+
+    probe: Lane
+    proof: Lane
+    smoothed: Lane
+    calibration: Sequence[Lane]
+    originals: Sequence[Lane]
 
 
 class Job:
@@ -88,7 +100,8 @@ class Job:
             pass
         if self.source.head_name in self.recipe.schemes:
             with self._loaded(self.source.head):
-                self.blocks.write(self._findings(self.source.head))
+                found = self._findings(self.source.head)
+                self.blocks.write(found, self.blocks.round(found))
         self.journal.settle()
         self.blocks.finish()
         self.progress("quantizing", len(self.source.blocks), len(self.source.blocks))
@@ -111,14 +124,19 @@ class Job:
 
     def _calibrated_steps(self, tokens: Tensor) -> Iterator[str]:
         with torch.no_grad(), self.source.lanes(self._batches(tokens), self.spill) as lanes:
+            at = self._standing(*lanes)
             while (block := lanes.at) is not None and block is not self.source.head:
                 with self._loaded(block):
                     if self.source.name_of(block) in self.journal.done.blocks:
-                        self._replayed(block, *lanes)
+                        self._replayed(block, at)
                     else:
-                        self._calibrated(block, *lanes)
+                        self._calibrated(block, at)
                 yield self.source.name_of(block)
-            require_agreement(lanes[1], lanes[2], self.source.checkpoint)
+            require_agreement(at.proof, at.smoothed, self.source.checkpoint)
+
+    def _standing(self, probe: Lane, proof: Lane, smoothed: Lane, *rest: Lane) -> Standing:
+        half = len(rest) // 2 if self.recipe.refine else len(rest)
+        return Standing(probe, proof, smoothed, rest[:half], rest[half:])
 
     @contextmanager
     def _loaded(self, block: nn.Module, rounded: Container[str] = ()) -> Iterator[None]:
@@ -131,70 +149,89 @@ class Job:
     def _batches(self, tokens: Tensor) -> list[dict[str, Any]]:
         """Of this rank: the experiments, which all make, and its part of the calibration set."""
         calibration = [] if self.statistics else calibration_batches(tokens)
-        return [*experiments(tokens), *self.ranks.part(calibration)]
+        mine = self.ranks.part(calibration)
+        return [*experiments(tokens), *mine, *(mine if self.recipe.refine else ())]
 
     def _findings(self, block: nn.Module) -> Findings:
         name = self.source.name_of(block)
         return Findings(name, block, lambda key: self.source.stored_dtype(joined(name, key)))
 
-    def _calibrated(
-        self, block: nn.Module, probe: Lane, proof: Lane, smoothed: Lane, *calibration: Lane
-    ) -> None:
-        trace, self._likely = examine(block, probe.waiting, proof.waiting, self._likely, self._shared[block])
+    def _calibrated(self, block: nn.Module, at: Standing) -> None:
+        trace, self._likely = examine(
+            block, at.probe.waiting, at.proof.waiting, self._likely, self._shared[block]
+        )
         found = self._findings(block)
         if self.statistics is None:
             found.stats = calibrate(
-                block, calibration, trace, found.name,
+                block, at.calibration, trace, found.name,
                 second_moments=self.recipe.algorithm == "gptq", advance=not self.recipe.propagate,
                 ranks=self.ranks,
             )  # fmt: skip
         else:
             found.stats = self.statistics.of_block(found.name, trace)
-        probe.step()
-        proof.step()
+        at.probe.step()
+        at.proof.step()
         folds = [] if self.recipe.migration_scale == "always" else self._likely
         found.groups = find_groups(trace, folds)
         for unsmoothed in smooth_block(found, self.recipe):
             names = ", ".join(joined(found.name, weight.module) for weight in unsmoothed)
             self.warnings.append(f"{names}: nothing can take the smoothing, left unsmoothed")
         self.warnings.extend(unseen(found, trace, self.recipe))
-        rounded = self._write(found)
-        smoothed.step()
+        rounded = self._write(found, at)
+        at.smoothed.step()
         if self.recipe.propagate:
-            self._pass_on(found, rounded, calibration)
+            self._pass_on(found, rounded, at.calibration)
 
-    def _write(self, found: Findings) -> list[Rounded]:
+    def _write(self, found: Findings, at: Standing | None = None) -> list[Rounded]:
         """Round and write a block, and note that it is done."""
         if found.name in self._held_back:
             raise StructureError(
                 f"the model passes {found.name} twice, and what keep_worst holds back cannot be passed again: use "
                 "--keep-worst 0, or leave linears in float with --ignore"
             )
-        rounded = self.blocks.write(found)
+        units: Iterable[list[Rounded]] = self.blocks.round(found)
+        if at is not None and self.recipe.refine:
+            units = self._refined(found, list(units), at)
+        rounded = self.blocks.write(found, units)
         if self.recipe.keep_worst:  # what is held back until the end is in no file yet
             self._held_back.add(found.name)
         else:
             self.journal.record(found, self.layers, self.warnings, self.blocks.writer)
         return rounded
 
-    def _replayed(
-        self, block: nn.Module, probe: Lane, proof: Lane, smoothed: Lane, *calibration: Lane
-    ) -> None:
+    def _refined(self, found: Findings, units: Sequence[list[Rounded]], at: Standing) -> list[list[Rounded]]:
+        """What was made of a block, its scales tuned by what the original block gives."""
+        targets = []
+        for lane in at.originals:
+            output = lane.waiting.run()
+            targets.append(
+                hidden_of(output).float().clone()
+            )  # what the lane goes on with may have to go to the disk
+            lane.advance(output)
+        rounded = [each for unit in units for each in unit]
+        refined = self.ranks.first(
+            lambda: refine(found, rounded, at.calibration, targets, self.recipe.refine)
+        )
+        of = {each.weight: moved(each, self.source.device) for each in refined}
+        return [[of[each.weight] for each in unit] for unit in units]
+
+    def _replayed(self, block: nn.Module, at: Standing) -> None:
         """Pass a block that was finished before, as the run that finished it did."""
         found = self._findings(block)
         if found.name == self.journal.done.blocks[-1]:
-            _, self._likely = examine(block, probe.waiting, proof.waiting, (), self._shared[block])
-        for lane in (probe, proof, *(() if self.recipe.propagate else calibration)):
+            _, self._likely = examine(block, at.probe.waiting, at.proof.waiting, (), self._shared[block])
+        for lane in (at.probe, at.proof, *(() if self.recipe.propagate else at.calibration)):
             lane.step()
         smoothing, changed = self.ranks.first(lambda: self.journal.smoothing_of(found.name))
         found.smoothing = moved(smoothing, self.source.device)
         for key, tensor in changed.items():
             block.get_parameter(key).detach().copy_(tensor)
         self.blocks.smooth_again(found)
-        smoothed.step()
+        for lane in (at.smoothed, *at.originals):
+            lane.step()
         if self.recipe.propagate:
             held = moved(self.ranks.first(lambda: self.blocks.read_back(found)), self.source.device)
-            self._pass_on(found, self.blocks.put_back(found, held), calibration)
+            self._pass_on(found, self.blocks.put_back(found, held), at.calibration)
 
     def _pass_on(self, found: Findings, rounded: Sequence[Rounded], calibration: Sequence[Lane]) -> None:
         """Let the calibration set pass through the block as it has become."""

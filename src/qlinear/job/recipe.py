@@ -51,7 +51,8 @@ class Recipe:
     smooth: alpha, "auto" to search it for each group, "awq" for AWQ's own search, None for none. propagate: whether
     blocks see what the quantized blocks before them give. keep_worst: how many linears to leave in float.
     migration_scale: which vectors stay with their layers: those that nothing can take ("unfolded"), all ("always") or
-    none ("never"). holders: the linears that can hold one.
+    none ("never"). holders: the linears that can hold one. refine: how often the calibration set is seen to tune the
+    scales of a block together.
     """
 
     schemes: Mapping[str, Scheme]
@@ -62,11 +63,12 @@ class Recipe:
     keep_worst: int = 0
     migration_scale: Keep = "never"
     holders: frozenset[str] = frozenset()
+    refine: int = 0
 
     @property
     def needs_data(self) -> bool:
         """Whether calibration text passes through the model."""
-        return needs_data(self.smooth, self.algorithm, self.schemes.values(), self.keep_worst)
+        return needs_data(self.smooth, self.algorithm, self.schemes.values(), self.keep_worst, self.refine)
 
 
 @dataclass(slots=True)
@@ -118,11 +120,11 @@ class Findings:
 
 
 def needs_data(
-    smooth: float | str | None, algorithm: Algorithm, schemes: Iterable[Scheme], keep_worst: int
+    smooth: float | str | None, algorithm: Algorithm, schemes: Iterable[Scheme], keep_worst: int, refine: int
 ) -> bool:
     """Whether what is asked for looks at the inputs of linears."""
     is_static = any(scheme.is_static for scheme in schemes)
-    return smooth is not None or algorithm != "rtn" or is_static or keep_worst > 0
+    return smooth is not None or algorithm != "rtn" or is_static or keep_worst > 0 or refine > 0
 
 
 def unseen(found: Findings, trace: Trace, recipe: Recipe) -> Iterator[str]:

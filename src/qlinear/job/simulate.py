@@ -8,9 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..checkpoint.layout import QuantizedLinear
+from ..nn.fake_quant import fake_quantize
 from ..numerics import QuantizedTensor, choose_qparams, dequantize, quantize
 from .recipe import Findings
 from .rounding import Rounded
@@ -30,7 +32,7 @@ def simulated(found: Findings, rounded: Sequence[Rounded]) -> Iterator[None]:
             matrix.copy_(floats if held.migration_scale is None else floats / held.migration_scale)
             if held.scheme.activation is not None:
                 module = found.block.get_submodule(each.weight.module)
-                hooks.append(module.register_forward_pre_hook(_rounding_input(held)))
+                hooks.append(module.register_forward_pre_hook(rounding_input(held)))
         yield
     finally:
         for hook in hooks:
@@ -46,8 +48,8 @@ def _copy_experts(weight: QuantizedTensor, stack: Tensor) -> None:
         )
 
 
-def _rounding_input(held: QuantizedLinear) -> Any:
-    """A hook that replaces a linear's input x (*, in) by what its codes stand for."""
+def rounding_input(held: QuantizedLinear) -> Any:
+    """A hook that replaces a linear's input x (*, in) by what its codes stand for, with gradients where enabled."""
     activation = held.scheme.activation
     assert activation is not None
 
@@ -56,10 +58,13 @@ def _rounding_input(held: QuantizedLinear) -> Any:
         if held.migration_scale is not None:
             x = x / held.migration_scale
         if held.input_scale is None:
-            qparams = choose_qparams(x, activation)
+            qparams = choose_qparams(x.detach(), activation)
         else:
             qparams = held.input_scale, held.input_zero_point
-        x = dequantize(quantize(x, *qparams, activation), *qparams, activation)
+        if torch.is_grad_enabled():
+            x = fake_quantize(x, *qparams, activation)
+        else:
+            x = dequantize(quantize(x, *qparams, activation), *qparams, activation)
         if held.migration_scale is not None:
             x = x * held.migration_scale
         return (x.to(args[0].dtype), *args[1:])

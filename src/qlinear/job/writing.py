@@ -1,6 +1,6 @@
 """What a block becomes in the file: codes for what was chosen, what smoothing changed, and the rest as it was."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
@@ -50,43 +50,61 @@ class BlockWriter:
             finally:
                 self._over = map
 
-    def write(self, found: Findings) -> list[Rounded]:
-        """Round what was chosen of a block and write it; the block's weights are smoothed when this returns."""
-        changed, rounded = set(found.smoothing.changed), []
-        weights, stacks = found.weights(), self._stacks(found)
-        single = found.merge_groups([weight for weight in weights if weight.name not in stacks])
-        experts = {name: found.merge_groups(self._experts(found, name, weights)) for name in stacks}
-        made_of = self.ranks.shared(
-            [*single, *chain.from_iterable(experts.values())],
-            lambda members: list(round_weights(found, members, self.recipe)),
-            self._over,
+    def round(self, found: Findings) -> Iterator[list[Rounded]]:
+        """Codes for what was chosen of a block, one unit after another; its weights in the block are smoothed then."""
+        units = [*self._single(found), *chain.from_iterable(self._experts(found).values())]
+        rounded = self.ranks.shared(
+            units, lambda unit: list(round_weights(found, unit, self.recipe)), self._over
         )
-        for members in single:
-            made = next(made_of)
-            rounded += made
-            quantized = {each.weight for each in made}
-            floats = [weight for weight in members if weight not in quantized]
-            for weight in floats:
-                if found.full_name(weight) in self.recipe.holders:
-                    self._write_holder(found, weight)
-                elif found.smoothing.touches(weight):
-                    changed.add(weight.name)
-            for weight in members:
+        for unit, made in zip(units, rounded, strict=True):
+            for weight in unit:
                 self._smooth_in_place(found, weight)
+            yield made
+
+    def write(self, found: Findings, units: Iterable[list[Rounded]]) -> list[Rounded]:
+        """Write a block, and what `round` made of it; that is returned, experts as the stacks that they are."""
+        changed, written, made_of = set(found.smoothing.changed), [], iter(units)
+        for members in self._single(found):
+            made = next(made_of)
+            quantized = {each.weight for each in made}
+            changed.update(self._write_floats(found, [w for w in members if w not in quantized]))
             self._emit(self._unit(found, made))
+            written += made
+        experts = self._experts(found)
         for name, groups in experts.items():
             made = [each for _ in groups for each in next(made_of)]
             in_order = sorted(made, key=lambda each: each.weight.index or 0)
-            rounded.append(self._write_stack(found, name, in_order))
-        plain = changed.difference(stacks)
+            written.append(self._write_stack(found, name, in_order))
+        plain = changed.difference(experts)
         together = {n for name in plain for n in self.source.names.made_with(joined(found.name, name))}
         self._write_float({name: self.source.model.get_parameter(name) for name in together})
-        return rounded
+        return written
 
-    def _experts(self, found: Findings, name: str, weights: Sequence[Weight]) -> list[Weight]:
-        """All matrices of a stack (experts, out, in), whether tokens reached them or not."""
-        seen = {weight.index: weight for weight in weights if weight.name == name}
-        return [seen.get(i, Weight(name, False, i)) for i in range(len(found.block.get_parameter(name)))]
+    def _single(self, found: Findings) -> list[list[Weight]]:
+        """The weights of a block that are in no stack that was chosen, by what an engine may merge."""
+        stacks = self._stacks(found)
+        return found.merge_groups([weight for weight in found.weights() if weight.name not in stacks])
+
+    def _experts(self, found: Findings) -> dict[str, list[list[Weight]]]:
+        """All matrices of each stack (experts, out, in) that was chosen, whether tokens reached them or not."""
+        seen = {(weight.name, weight.index): weight for weight in found.weights()}
+        return {
+            name: found.merge_groups(
+                [
+                    seen.get((name, i), Weight(name, False, i))
+                    for i in range(len(found.block.get_parameter(name)))
+                ]
+            )
+            for name in self._stacks(found)
+        }
+
+    def _write_floats(self, found: Findings, weights: Sequence[Weight]) -> Iterator[str]:
+        """Write those that stay in float and can hold a vector; the names of the others that smoothing changed."""
+        for weight in weights:
+            if found.full_name(weight) in self.recipe.holders:
+                self._write_holder(found, weight)
+            elif found.smoothing.touches(weight):
+                yield weight.name
 
     def _smooth_in_place(self, found: Findings, weight: Weight) -> None:
         """Leave the smoothed weight in the block: for what stays float, and for the tokens that check the folds."""
@@ -126,8 +144,6 @@ class BlockWriter:
     def _write_stack(self, found: Findings, name: str, made: Sequence[Rounded]) -> Rounded:
         """Experts (experts, out, in) that the file holds one by one: each becomes a quantized linear there."""
         full = joined(found.name, name)
-        for each in made:
-            self._smooth_in_place(found, each.weight)
         held = replace(made[0].held, weight=_stacked([each.held.weight for each in made]))
         self._write_experts(full, held)
         error, rtn_error = (
@@ -169,11 +185,13 @@ class BlockWriter:
 
     def _write_holder(self, found: Findings, weight: Weight) -> None:
         """Write a weight that stays in float, smoothed, and the vector that it keeps beside it, if any."""
-        name, exact = found.full_name(weight), found.matrix(weight)
+        name, exact = found.full_name(weight), weight.of(found.block).detach().float()
+        if (vector := found.smoothing.migration.get(weight)) is not None:
+            exact = exact * vector
         stored = self._stored(f"{name}.weight", exact)
         if found.smoothing.touches(weight):
             self._write_float({f"{name}.weight": stored})
-        if (vector := found.smoothing.migration.get(weight)) is not None:
+        if vector is not None:
             self.writer.add(f"{self.source.names.source_module(name)}.migration_scale", vector)
         error = relative(stored.float(), exact)
         self.layers.append(self._layer(name, None, error, error, weight, found))
