@@ -33,6 +33,7 @@ from transformers import LlamaConfig
 from qlinear import demo
 from qlinear.checkpoint import Checkpoint, ShardWriter, skeleton
 from qlinear.checkpoint.streamed import compute_dtype
+from qlinear.device import CPU
 from qlinear.inputs import calibration_ids, open_model
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -249,7 +250,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.work) as work:
         source = Path(work) / "source"
         make_checkpoint(source, args.layers)
-        machine, dtype = measure_machine(Path(work)), compute_dtype(torch.bfloat16)
+        machine, dtype = measure_machine(Path(work)), compute_dtype(torch.bfloat16, CPU)
         run_ours(source, what, plan=True)
         runs = [run_ours(source, what)]
         after = product_rate(dtype)
