@@ -40,10 +40,23 @@ GROUPS = "groups.json"
 Options = Mapping[str, Any]
 AUTO: Options = {"smooth": "auto"}
 GPTQ: Options = {"algorithm": "gptq"}
+BEST: Options = {**AUTO, **GPTQ, "refine": 2}
 # Of each scheme, what we offer for it. A row whose name begins with "auto" has its twin at alpha 0.5.
 OURS: dict[str, dict[str, Options]] = {
-    "w8a8": {"default": {}, "auto": AUTO, "gptq": GPTQ, "auto, gptq": AUTO | GPTQ},
-    "w8a8-static": {"default": {}, "auto": AUTO, "gptq": GPTQ, "auto, gptq": AUTO | GPTQ},
+    "w8a8": {
+        "default": {},
+        "auto": AUTO,
+        "gptq": GPTQ,
+        "auto, gptq": AUTO | GPTQ,
+        "auto, gptq, refined": BEST,
+    },
+    "w8a8-static": {
+        "default": {},
+        "auto": AUTO,
+        "gptq": GPTQ,
+        "auto, gptq": AUTO | GPTQ,
+        "auto, gptq, refined": BEST,
+    },
     "w4a16": {
         "smooth off": {"smooth": "off"},
         "default": {},
@@ -51,8 +64,15 @@ OURS: dict[str, dict[str, Options]] = {
         "awq": {"algorithm": "awq"},
         "gptq": GPTQ,
         "auto, gptq": AUTO | GPTQ,
+        "auto, gptq, refined": BEST,
     },
-    "w4a8": {"default": {}, "auto": AUTO, "gptq": GPTQ, "auto, gptq": AUTO | GPTQ},
+    "w4a8": {
+        "default": {},
+        "auto": AUTO,
+        "gptq": GPTQ,
+        "auto, gptq": AUTO | GPTQ,
+        "auto, gptq, refined": BEST,
+    },
 }
 # Of each scheme, what llmcompressor is asked for besides its defaults. Its documents recommend SmoothQuant before GPTQ
 # for W8A8, and GPTQ for the others; what else it can do is tried too.

@@ -16,8 +16,9 @@ from qlinear.blocks import Call, Lane, Lanes, batches_of, find_blocks
 from qlinear.checkpoint import Checkpoint
 from qlinear.checkpoint.layout import QuantizedLinear
 from qlinear.job.recipe import Findings
-from qlinear.job.refining import hidden_of, refine
+from qlinear.job.refining import Refined, hidden_of, refine
 from qlinear.job.rounding import Rounded
+from qlinear.memory import Spill
 from qlinear.numerics import choose_qparams, quantize_tensor
 from qlinear.scheme import Scheme, TensorFormat, get_scheme
 from qlinear.structure import Weight
@@ -95,7 +96,8 @@ def test_scales_that_are_off_are_brought_back(
     block, lanes, targets = standing
     start = rounded_linears(block, scheme)
     found = Findings("block", block, lambda name: torch.float32)
-    after = refine(found, start, lanes, targets, 4)
+    names = {name for name, vector in block.named_parameters() if vector.dim() == 1}
+    after = refine(found, start, lanes, targets, 4, names).rounded
     assert distance(block, after, lanes, targets) < 0.8 * distance(block, start, lanes, targets)
     for old, new in zip(start, after, strict=True):
         assert torch.equal(old.held.weight.codes.float(), new.held.weight.codes.float())
@@ -116,7 +118,24 @@ def test_what_cannot_be_bettered_stays(standing: tuple[nn.Module, list[Lane], li
         )
         for lane in lanes
     ]
-    assert refine(Findings("block", block, lambda name: torch.float32), floats, lanes, targets, 1) == floats
+    found = Findings("block", block, lambda name: torch.float32)
+    assert refine(found, floats, lanes, targets, 1) == Refined(floats, {})
+
+
+def test_gains_are_tuned_too_but_for_those_that_other_blocks_hold(
+    standing: tuple[nn.Module, list[Lane], list[Tensor]],
+) -> None:
+    block, lanes, targets = standing
+    found = Findings("block", block, lambda name: torch.bfloat16)
+    start = rounded_linears(block, get_scheme("w4a16-g32"))
+    gains = {name: p.detach().clone() for name, p in block.named_parameters() if p.dim() == 1}
+    first, *others = gains
+    refined = refine(found, start, lanes, targets, 4, {first})
+    assert set(refined.vectors) == set(others)
+    for name, vector in refined.vectors.items():
+        assert not torch.equal(vector, gains[name])
+        assert torch.equal(vector, vector.bfloat16().float())
+    assert all(torch.equal(block.get_parameter(name), gain) for name, gain in gains.items())
 
 
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -132,23 +151,28 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", MODELS)
-def test_the_job_writes_other_scales_and_the_same_codes_the_same_each_time(case: str, tmp_path: Path) -> None:
+def test_the_job_writes_other_scales_and_gains_and_the_same_codes(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kind, shape, options = MODELS[case]
     source = save_model(tmp_path / "source", kind, **shape)
     options = {"calibration": IDS, "propagate": True, "smooth": 0.5, **options}
-    for name in ("refined", "again", "on disk"):
-        # hidden states wait on the disk, as they do where memory is short
-        memory = {"max_memory": 1 << 40} if name == "on disk" else {}
-        qlinear.quantize(source, tmp_path / name, refine=12, **options, **memory)
-    assert contents(tmp_path / "refined") == contents(tmp_path / "again") == contents(tmp_path / "on disk")
     qlinear.quantize(source, tmp_path / "plain", **options)
+    qlinear.quantize(source, tmp_path / "refined", refine=12, **options)
+    monkeypatch.setattr(Spill, "is_short", True)
+    monkeypatch.setattr("qlinear.blocks._WORTH_IT", 0)
+    qlinear.quantize(source, tmp_path / "again", refine=12, **options, max_memory=1 << 40)
+    assert contents(tmp_path / "refined") == contents(tmp_path / "again")
     plain, refined = Checkpoint.open(tmp_path / "plain"), Checkpoint.open(tmp_path / "refined")
     assert plain.tensors.keys() == refined.tensors.keys()
     # The first block has the same inputs in both; what comes after it is calibrated with what it gives.
     first = [name for name in plain.tensors if "layers.0." in name]
     differ = {name for name in first if not torch.equal(plain.read(name), refined.read(name))}
     assert differ
-    assert all(name.endswith("_scale") and not name.endswith("migration_scale") for name in differ)
+    vectors = {name for name in first if plain.tensors[name].dtype.is_floating_point}
+    assert differ <= {name for name in vectors if not name.endswith("migration_scale")}
+    assert any("scale" in name for name in differ)
+    assert any("norm" in name for name in differ)
     assert qlinear.evaluate(tmp_path / "refined", source, data=IDS, tokens=480).kl is not None
 
 

@@ -30,7 +30,7 @@ from ..errors import OutputError
 from ..smooth import Smoothing
 from ..structure import Weight
 from .recipe import Findings, Layer
-from .sink import Done, Sink
+from .sink import Done, Left, Sink
 
 _FOLDER = ".qlinear"
 
@@ -85,7 +85,7 @@ class Journal:
     def record(self, found: Findings, layers: Sequence[Layer], warnings: Sequence[str], writer: Sink) -> None:
         """A block is finished, and in the shards: it is made durable, and noted, while the next one is worked on."""
         self.settle()
-        file, smoothing = self._file(len(self.done.blocks)), _smoothing_as_bytes(found)
+        file, smoothing = self._file(len(self.done.blocks)), _left_as_bytes(found)
         shards, sync = writer.commit()
         self.done = Done([*self.done.blocks, found.name], list(layers), list(warnings))
         entry = self._entry(shards)
@@ -112,8 +112,8 @@ class Journal:
         }  # fmt: skip
         return json.dumps(entry).encode()
 
-    def smoothing_of(self, block: str) -> tuple[Smoothing, dict[str, Tensor]]:
-        """The smoothing that a finished block had, and its gains and biases as that left them."""
+    def left_of(self, block: str) -> Left:
+        """What a finished block was left with."""
         smoothing = Smoothing()
         with safe_open(self._file(self.done.blocks.index(block)), "pt") as stored:
             names = stored.metadata()
@@ -121,8 +121,11 @@ class Journal:
                 into: dict[Weight, Tensor] = getattr(smoothing, part)
                 for i, key in enumerate(json.loads(names[part])):
                     into[Weight(*key)] = stored.get_tensor(f"{part}.{i}")
-            changed = json.loads(names["changed"])
-            return smoothing, {name: stored.get_tensor(f"changed.{i}") for i, name in enumerate(changed)}
+            changed, refined = (
+                {name: stored.get_tensor(f"{part}.{i}") for i, name in enumerate(json.loads(names[part]))}
+                for part in ("changed", "refined")
+            )
+        return Left(smoothing, changed, refined)
 
     def _file(self, position: int) -> Path:
         return self.folder / f"block-{position:05d}.safetensors"
@@ -193,20 +196,19 @@ def _locked(folder: Path) -> int:
     return lock
 
 
-def _smoothing_as_bytes(found: Findings) -> bytes:
-    """Everything that smoothing did to a block, as a safetensors file."""
+def _left_as_bytes(found: Findings) -> bytes:
+    """Everything that smoothing and refining did to a block, beside its codes, as a safetensors file."""
     smoothing, names = found.smoothing, {}
     tensors: dict[str, Tensor] = {}
-    for part, vectors in (
+    for part, of_weights in (
         ("columns", smoothing.columns), ("rows", smoothing.rows), ("migration", smoothing.migration),
     ):  # fmt: skip
-        names[part] = json.dumps([[w.name, w.transposed, w.index, w.slices] for w in vectors])
-        tensors |= {f"{part}.{i}": _copied(vector) for i, vector in enumerate(vectors.values())}
-    changed = sorted(smoothing.changed)
-    names["changed"] = json.dumps(changed)
-    tensors |= {
-        f"changed.{i}": _copied(found.block.get_parameter(name).detach()) for i, name in enumerate(changed)
-    }
+        names[part] = json.dumps([[w.name, w.transposed, w.index, w.slices] for w in of_weights])
+        tensors |= {f"{part}.{i}": _copied(vector) for i, vector in enumerate(of_weights.values())}
+    changed = {name: found.block.get_parameter(name).detach() for name in sorted(smoothing.changed)}
+    for part, by_name in (("changed", changed), ("refined", found.refined)):
+        names[part] = json.dumps(list(by_name))
+        tensors |= {f"{part}.{i}": _copied(vector) for i, vector in enumerate(by_name.values())}
     return bytes(save(tensors, names))
 
 

@@ -9,6 +9,7 @@ A block that an interrupted run has finished is not worked on again: the set pas
 
 from collections.abc import Container, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -200,19 +201,19 @@ class Job:
         return rounded
 
     def _refined(self, found: Findings, units: Sequence[list[Rounded]], at: Standing) -> list[list[Rounded]]:
-        """What was made of a block, its scales tuned by what the original block gives."""
+        """What was made of a block, its scales and gains tuned by what the original block gives."""
         targets = []
         for lane in at.originals:
             output = lane.waiting.run()
-            targets.append(
-                hidden_of(output).float().clone()
-            )  # what the lane goes on with may have to go to the disk
+            # A copy: what the lane goes on with may have to wait on the disk.
+            targets.append(hidden_of(output).float().clone())
             lane.advance(output)
-        rounded = [each for unit in units for each in unit]
+        rounded, shared = list(chain.from_iterable(units)), self._shared[found.block]
         refined = self.ranks.first(
-            lambda: refine(found, rounded, at.calibration, targets, self.recipe.refine)
+            lambda: refine(found, rounded, at.calibration, targets, self.recipe.refine, shared)
         )
-        of = {each.weight: moved(each, self.source.device) for each in refined}
+        found.refined = moved(refined.vectors, self.source.device)
+        of = {each.weight: moved(each, self.source.device) for each in refined.rounded}
         return [[of[each.weight] for each in unit] for unit in units]
 
     def _replayed(self, block: nn.Module, at: Standing) -> None:
@@ -222,9 +223,9 @@ class Job:
             _, self._likely = examine(block, at.probe.waiting, at.proof.waiting, (), self._shared[block])
         for lane in (at.probe, at.proof, *(() if self.recipe.propagate else at.calibration)):
             lane.step()
-        smoothing, changed = self.ranks.first(lambda: self.journal.smoothing_of(found.name))
-        found.smoothing = moved(smoothing, self.source.device)
-        for key, tensor in changed.items():
+        left = moved(self.ranks.first(lambda: self.journal.left_of(found.name)), self.source.device)
+        found.smoothing, found.refined = left.smoothing, left.refined
+        for key, tensor in left.changed.items():
             block.get_parameter(key).detach().copy_(tensor)
         self.blocks.smooth_again(found)
         for lane in (at.smoothed, *at.originals):

@@ -76,7 +76,8 @@ class Findings:
     """A block, what calibration found of its inputs and their groups, and the smoothing that followed.
 
     name: the block's. stored_dtype: of a parameter of the block in the file. searches: what was tried for each weight,
-    where smoothing was searched.
+    where smoothing was searched. refined: norm gains and other vectors as refining left them, by their names in the
+    block, which itself has them only once its quantized self is run.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Findings:
     groups: Sequence[InputGroup] = ()
     smoothing: Smoothing = field(default_factory=Smoothing)
     searches: dict[Weight, Search] = field(default_factory=dict)
+    refined: Mapping[str, Tensor] = field(default_factory=dict)
 
     def full_name(self, weight: Weight) -> str:
         """What plans call a weight: its module's name, or the parameter's where it is one matrix of a stack."""

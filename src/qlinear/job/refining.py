@@ -1,20 +1,20 @@
-"""`--refine`: the scales of a block tuned together, until its output is as near to the original's as they can bring it.
+"""`--refine`: the scales and gains of a block tuned together, to bring its output as near to the original's as may be.
 
 Each linear was rounded for its own output. What its block makes of the errors of all of them, and of what the quantized
 blocks before it did to the input, only the block's output tells:
 
-    minimise over scales   Σ_tokens |block_Q(x̂) - block(x)|²       by Adam (Kingma & Ba 2014), codes fixed
+    minimise over scales and gains   Σ_tokens |block_Q(x̂) - block(x)|²      by Adam (Kingma & Ba 2014), codes fixed
 
-x̂ is what the quantized blocks before give, x what the original ones gave. It is the objective of BRECQ (Li et al. 2021)
-and OmniQuant (Shao et al. 2023), for scales alone: those of weights, and of static inputs. Gradients pass the rounding
-of inputs straight through. The best scales are kept only if they are better on the whole set once they are rounded to
-what the file holds.
+x̂ is what the quantized blocks before give, x what the original ones gave. It is the objective of BRECQ (Li et al.
+2021), for no more than what costs nothing to serve: scales of weights and of static inputs, and the vectors that a
+block holds anyway, gains of norms and biases (norm tweaking; Li et al. 2023). Gradients pass the rounding of inputs
+straight through. What was found is kept only if it is better on the whole set, rounded to what the file holds.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,82 +39,110 @@ def hidden_of(output: Any) -> Tensor:
     return tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Refined:
+    """Linears with their scales, and the block's vectors by their names in it."""
+
+    rounded: Sequence[Rounded]
+    vectors: Mapping[str, Tensor]
+
+
 def refine(
-    found: Findings, rounded: Sequence[Rounded], lanes: Sequence[Lane], targets: Sequence[Tensor], epochs: int
-) -> list[Rounded]:
-    """`rounded` with scales that bring the block's output nearest to `targets`, never further away than it was.
+    found: Findings,
+    rounded: Sequence[Rounded],
+    lanes: Sequence[Lane],
+    targets: Sequence[Tensor],
+    epochs: int,
+    shared: Container[str] = (),
+) -> Refined:
+    """What brings the block's output nearest to `targets`; never further away than it was with `rounded`.
 
     lanes: the calibration set as the quantized blocks before left it, waiting before the block; they stay there.
     targets: what the original block gave each of them (batch, seq_len, hidden). epochs: how often each is seen.
+    shared: names of parameters that other blocks hold too, which stay as they are.
     """
-    tuned = _Tuned(found, rounded)
-    before = tuned.loss(rounded, lanes, targets)
-    steps = epochs * len(lanes)
+    block, start = found.block, Refined(rounded, {})
+    tuned = _Tuned(found, rounded, shared)
     optimizer = torch.optim.Adam(tuned.factors, lr=_RATE, betas=_BETAS)
+    steps = epochs * len(lanes)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps)
     )
     for _ in range(epochs):
         for lane, target in zip(lanes, targets, strict=True):
             with torch.enable_grad():
-                loss = tuned.distance(tuned.scaled(), lane, target) / target.square().sum()
+                loss = _distance(block, tuned.scaled(), lane, target) / target.square().sum()
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
     after = tuned.stored()
-    return after if tuned.loss(after, lanes, targets) < before else list(rounded)
+    before, now = (
+        sum(float(_distance(block, each, lane, target)) for lane, target in zip(lanes, targets, strict=True))
+        for each in (start, after)
+    )
+    return after if now < before else start
 
 
 class _Tuned:
-    """The linears of a block, with a factor for every scale that can be tuned."""
+    """A block with a factor for every scale, and for every element of its vectors."""
 
-    def __init__(self, found: Findings, rounded: Sequence[Rounded]) -> None:
+    def __init__(self, found: Findings, rounded: Sequence[Rounded], shared: Container[str]) -> None:
         self._found, self._rounded = found, list(rounded)
-        self._of_weights = [torch.ones_like(each.held.weight.scale).requires_grad_() for each in rounded]
-        self._of_inputs = [
-            None if each.held.input_scale is None else torch.ones_like(each.held.input_scale).requires_grad_()
-            for each in rounded
-        ]
+        self._of_weights = [_ones(each.held.weight.scale) for each in rounded]
+        inputs = [each.held.input_scale for each in rounded]
+        self._of_inputs = [None if scale is None else _ones(scale) for scale in inputs]
+        self._vectors = {
+            name: vector.detach().float()
+            for name, vector in found.block.named_parameters()
+            if vector.dim() == 1 and vector.is_floating_point() and name not in shared
+        }
+        self._of_vectors = [_ones(vector) for vector in self._vectors.values()]
 
     @property
     def factors(self) -> list[Tensor]:
         """All that is learned."""
-        return [*self._of_weights, *(factor for factor in self._of_inputs if factor is not None)]
+        inputs = [factor for factor in self._of_inputs if factor is not None]
+        return [*self._of_weights, *inputs, *self._of_vectors]
 
-    def scaled(self) -> list[Rounded]:
-        """The linears with their scales as they are by now, differentiable by the factors."""
-        return [
-            replace(each, held=_scaled(each.held, weight, input))
-            for each, weight, input in zip(self._rounded, self._of_weights, self._of_inputs, strict=True)
+    def scaled(self, rounds: bool = False) -> Refined:
+        """The block as it is by now, differentiable by the factors. rounds: to what the file holds."""
+        factors = zip(self._rounded, self._of_weights, self._of_inputs, strict=True)
+        linears = [
+            replace(each, held=_scaled(each.held, weight, input, rounds)) for each, weight, input in factors
         ]
+        vectors = {
+            name: vector * factor
+            for (name, vector), factor in zip(self._vectors.items(), self._of_vectors, strict=True)
+        }
+        if rounds:
+            stored = self._found.stored_dtype
+            vectors = {name: vector.to(stored(name)).float() for name, vector in vectors.items()}
+        return Refined(linears, vectors)
 
     @torch.no_grad()
-    def stored(self) -> list[Rounded]:
-        """The same with weight scales as the file will hold them."""
-        return [
-            replace(each, held=_scaled(each.held, weight.detach(), input and input.detach(), rounds=True))
-            for each, weight, input in zip(self._rounded, self._of_weights, self._of_inputs, strict=True)
-        ]
+    def stored(self) -> Refined:
+        """The block as the file will hold it."""
+        return self.scaled(rounds=True)
 
-    @torch.no_grad()
-    def loss(self, rounded: Sequence[Rounded], lanes: Sequence[Lane], targets: Sequence[Tensor]) -> float:
-        """The sum of squares over all lanes."""
-        return sum(
-            float(self.distance(rounded, lane, target)) for lane, target in zip(lanes, targets, strict=True)
-        )
 
-    def distance(self, rounded: Sequence[Rounded], lane: Lane, target: Tensor) -> Tensor:
-        """How far the block's output is from what it should be, squared."""
-        block, held = self._found.block, {each.weight: each.held for each in rounded}
-        parameters = _parameters(block, held)
+def _ones(like: Tensor) -> Tensor:
+    return torch.ones_like(like).requires_grad_()
 
-        def run(call: Call) -> Tensor:
-            with _rounding_inputs(block, held):
-                output = functional_call(block, parameters, call.args, call.kwargs)
-            return (hidden_of(output).float() - target).square().sum()
 
-        return lane.rehearse(run)
+def _distance(block: nn.Module, refined: Refined, lane: Lane, target: Tensor) -> Tensor:
+    """How far the block's output is from what it should be, squared."""
+    held = {each.weight: each.held for each in refined.rounded}
+    parameters = _parameters(block, held)
+    for name, vector in refined.vectors.items():
+        parameters[name] = vector.to(block.get_parameter(name).dtype)
+
+    def run(call: Call) -> Tensor:
+        with _rounding_inputs(block, held):
+            output = functional_call(block, parameters, call.args, call.kwargs)
+        return (hidden_of(output).float() - target).square().sum()
+
+    return lane.rehearse(run)
 
 
 def _scaled(

@@ -20,8 +20,10 @@ from .rounding import Rounded
 
 @contextmanager
 def simulated(found: Findings, rounded: Sequence[Rounded]) -> Iterator[None]:
-    """While open, inputs are rounded; the weights of the block stay rounded for good."""
+    """While open, inputs are rounded; the weights of the block stay rounded, and its vectors refined, for good."""
     hooks = []
+    for name, vector in found.refined.items():
+        found.block.get_parameter(name).detach().copy_(vector)
     try:
         for each in rounded:
             held, matrix = each.held, each.weight.of(found.block).detach()

@@ -1,6 +1,6 @@
 """Where a job's results go: to the shards and the journal of the rank that writes, or, for the others, nowhere."""
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -48,6 +48,16 @@ class Done:
     warnings: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What a finished block was left with, beside its codes: the smoothing it had, its gains and biases as that left
+    them, and its vectors as refining did, both by their names in the block."""
+
+    smoothing: Smoothing
+    changed: Mapping[str, Tensor]
+    refined: Mapping[str, Tensor]
+
+
 class Record(Protocol):
     """What remembers finished blocks; `Journal` tells what its methods do."""
 
@@ -56,8 +66,8 @@ class Record(Protocol):
     def record(self, found: Findings, layers: Sequence[Layer], warnings: Sequence[str], writer: Sink) -> None:
         """A block is finished."""
 
-    def smoothing_of(self, block: str) -> tuple[Smoothing, dict[str, Tensor]]:
-        """The smoothing that a finished block had."""
+    def left_of(self, block: str) -> Left:
+        """What a finished block was left with."""
 
     def settle(self) -> None:
         """Wait until what was recorded is on the disk."""
@@ -109,9 +119,9 @@ class Unrecorded:
     def record(self, found: Findings, layers: Sequence[Layer], warnings: Sequence[str], writer: Sink) -> None:
         """Nothing is written down."""
 
-    def smoothing_of(self, block: str) -> tuple[Smoothing, dict[str, Tensor]]:
+    def left_of(self, block: str) -> Left:
         """Never possible."""
-        raise LookupError(f"the smoothing of {block} was not kept")
+        raise LookupError(f"what {block} was left with was not kept")
 
     def settle(self) -> None:
         """Nothing is on its way."""

@@ -75,9 +75,12 @@ class BlockWriter:
             made = [each for _ in groups for each in next(made_of)]
             in_order = sorted(made, key=lambda each: each.weight.index or 0)
             written.append(self._write_stack(found, name, in_order))
-        plain = changed.difference(experts)
+        plain = {*changed, *found.refined}.difference(experts)
         together = {n for name in plain for n in self.source.names.made_with(joined(found.name, name))}
-        self._write_float({name: self.source.model.get_parameter(name) for name in together})
+        refined = {joined(found.name, name): vector for name, vector in found.refined.items()}
+        self._write_float(
+            {name: refined.get(name, self.source.model.get_parameter(name)) for name in together}
+        )
         return written
 
     def _single(self, found: Findings) -> list[list[Weight]]:
