@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import qlinear
-from qlinear import QLinearError
+from qlinear import QLinearError, ranks
 from qlinear.job.statistics import write_statistics
 from qlinear.ranks import Ranks
 
@@ -48,9 +48,19 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.job.dying"])
 
 
-def run(rank: int, size: int, meeting: Path, out: Path, source: Path, options: dict[str, Any]) -> None:
+def run(
+    rank: int,
+    size: int,
+    meeting: Path,
+    out: Path,
+    source: Path,
+    options: dict[str, Any],
+    as_from_accelerators: bool = False,
+) -> None:
     """One of `size` processes; what it raises is left beside the result. Statistics alone go into a file."""
     torch.set_num_threads(1)
+    if as_from_accelerators:  # what is told is packed as there, and unpacked on the CPU
+        ranks.CPU = torch.device("meta")
     dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=size)
     try:
         (write_statistics if out.suffix else qlinear.quantize)(source, out, **options)
@@ -60,10 +70,13 @@ def run(rank: int, size: int, meeting: Path, out: Path, source: Path, options: d
         dist.destroy_process_group()
 
 
-def run_many(size: int, out: Path, source: Path, options: dict[str, Any]) -> None:
+def run_many(
+    size: int, out: Path, source: Path, options: dict[str, Any], as_from_accelerators: bool = False
+) -> None:
     meeting = out.with_name(f"{out.name}-meeting")
     processes = [
-        _CONTEXT.Process(target=run, args=(rank, size, meeting, out, source, options)) for rank in range(size)
+        _CONTEXT.Process(target=run, args=(rank, size, meeting, out, source, options, as_from_accelerators))
+        for rank in range(size)
     ]
     for process in processes:
         process.start()
@@ -91,6 +104,14 @@ def test_two_ranks_write_what_one_writes(case: str, tmp_path: Path) -> None:
         run_many(2, tmp_path / "again", source, options)
         assert contents(tmp_path / "two") == contents(tmp_path / "again")
         return
+    qlinear.quantize(source, tmp_path / "one", **options)
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_what_comes_from_accelerators_is_told_as_well(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", "qwen3_moe", **WIDE, **CASES["experts"][1])
+    options = {"calibration": IDS, "samples": 5, "seq_len": 600, "propagate": True, "smooth": "auto"}
+    run_many(2, tmp_path / "two", source, options, as_from_accelerators=True)
     qlinear.quantize(source, tmp_path / "one", **options)
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
