@@ -24,11 +24,12 @@ Algorithm = Literal["rtn", "gptq", "awq"]
 class Layer:
     """What became of one linear that was quantized, or could keep its smoothing vector in float.
 
-    scheme: None for float. error: relative, of its output on calibration tokens (of its weight where there were none,
-    or nothing but that is rounded), measured on some hundreds of its outputs, spread evenly; rtn_error: what round to
-    nearest would have given; share: of the squared errors of all linears. migration: where its smoothing lives;
-    folded_into: the module that took it. alpha: of its smoothing; curve: what every (form, alpha) that was tried would
-    have cost. group: the first of the linears that read what it reads.
+    scheme: None for float. error: relative, of its output on calibration tokens (of its weight where there were
+    none, or nothing but that is rounded), measured on some hundreds of its outputs, spread evenly; rtn_error: what
+    round to nearest would have given; both before the block is refined. share: of the squared errors of all
+    linears. migration: where its smoothing lives; folded_into: the module that took it. alpha: of its smoothing;
+    curve: what every (form, alpha) that was tried would have cost. group: the first of the linears that read what
+    it reads.
     """
 
     name: str
