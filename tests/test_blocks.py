@@ -196,3 +196,45 @@ def test_nothing_goes_to_the_disk_while_there_is_room(tmp_path: Path) -> None:
 def test_a_disk_that_cannot_take_hidden_states_is_named(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="--max-memory"):
         Spill(0, tmp_path / "nowhere")
+
+
+class Cache:
+    """Keys of all calls so far, as some models keep them even where none is asked for."""
+
+    def __init__(self) -> None:
+        self.keys = torch.empty(0, 4)
+
+
+class Remembering(nn.Module):
+    """A block that adds to a cache, and to what it is given, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, cache: Cache) -> Tensor:
+        cache.keys = torch.cat([cache.keys, self.first(x).detach()])
+        x += self.second(cache.keys).sum(0)
+        return x
+
+
+class Forgetful(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Remembering()
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.block(x.clone(), cache=Cache())
+        return output
+
+
+def test_a_rehearsal_leaves_no_trace_in_what_the_block_is_given() -> None:
+    torch.manual_seed(0)
+    model, x = Forgetful(), torch.randn(3, 4)
+    with torch.no_grad():
+        expected = model(x)
+        with Lanes(model, [model.block], [{"x": x}]) as lanes:
+            rehearsed = [lanes[0].rehearse(Call.run) for _ in range(2)]
+            lanes[0].step()
+            assert torch.equal(lanes[0].output, expected)
+    assert all(torch.equal(each, expected) for each in rehearsed)

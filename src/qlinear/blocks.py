@@ -14,13 +14,15 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from .errors import StructureError
 from .memory import Slot, Spill
@@ -49,6 +51,11 @@ class Call:
         forward = self.forward if by is None or by is self.module else by
         return forward(*self.args, **self.kwargs)
 
+    def copied(self) -> "Call":
+        """The same call on copies of its tensors, and of objects that may hold some, such as a cache that grows."""
+        args, kwargs = tree_map(_copied, (self.args, self.kwargs))
+        return replace(self, args=args, kwargs=kwargs)
+
     def run_until(self, enough: type[BaseException]) -> None:
         """Run the block for what is seen on the way, until that raises `enough`."""
         with suppress(enough):
@@ -58,6 +65,12 @@ class Call:
     def hidden(self) -> Any:
         """What the block is to work on: its first argument."""
         return self.args[0] if self.args else self.kwargs.get("hidden_states")
+
+
+def _copied(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.clone()
+    return deepcopy(leaf) if hasattr(leaf, "__dict__") and not callable(leaf) else leaf
 
 
 class Lane(threading.Thread):
@@ -126,8 +139,8 @@ class Lane(threading.Thread):
         self.advance(self.waiting.run(by))
 
     def rehearse(self, run: Callable[[Call], R]) -> R:
-        """Do something with the call that the lane waits in, and stay: what `run` gives."""
-        given = run(self.waiting)
+        """Do something with a copy of the call that the lane waits in, and stay: what `run` gives."""
+        given = run(self.waiting.copied())
         self._rest()
         return given
 

@@ -97,7 +97,9 @@ def test_scales_that_are_off_are_brought_back(
     start = rounded_linears(block, scheme)
     found = Findings("block", block, lambda name: torch.float32)
     names = {name for name, vector in block.named_parameters() if vector.dim() == 1}
-    after = refine(found, start, lanes, targets, 4, names).rounded
+    refined = refine(found, start, lanes, targets, 4, names)
+    assert refined is not None
+    after = list(refined.rounded)
     assert distance(block, after, lanes, targets) < 0.8 * distance(block, start, lanes, targets)
     for old, new in zip(start, after, strict=True):
         assert torch.equal(old.held.weight.codes.float(), new.held.weight.codes.float())
@@ -131,11 +133,21 @@ def test_gains_are_tuned_too_but_for_those_that_other_blocks_hold(
     gains = {name: p.detach().clone() for name, p in block.named_parameters() if p.dim() == 1}
     first, *others = gains
     refined = refine(found, start, lanes, targets, 4, {first})
+    assert refined is not None
     assert set(refined.vectors) == set(others)
     for name, vector in refined.vectors.items():
         assert not torch.equal(vector, gains[name])
         assert torch.equal(vector, vector.bfloat16().float())
     assert all(torch.equal(block.get_parameter(name), gain) for name, gain in gains.items())
+
+
+def test_a_block_that_lets_no_gradient_back_is_left_alone(
+    standing: tuple[nn.Module, list[Lane], list[Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block, lanes, targets = standing
+    monkeypatch.setattr(block, "forward", torch.no_grad()(block.forward))
+    found = Findings("block", block, lambda name: torch.float32)
+    assert refine(found, rounded_linears(block, get_scheme("w8a8")), lanes, targets, 1) is None
 
 
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {

@@ -200,7 +200,9 @@ class Job:
             self.journal.record(found, self.layers, self.warnings, self.blocks.writer)
         return rounded
 
-    def _refined(self, found: Findings, units: Sequence[list[Rounded]], at: Standing) -> list[list[Rounded]]:
+    def _refined(
+        self, found: Findings, units: Sequence[list[Rounded]], at: Standing
+    ) -> Sequence[list[Rounded]]:
         """What was made of a block, its scales and gains tuned by what the original block gives."""
         targets = []
         for lane in at.originals:
@@ -212,6 +214,9 @@ class Job:
         refined = self.ranks.first(
             lambda: refine(found, rounded, at.calibration, targets, self.recipe.refine, shared)
         )
+        if refined is None:
+            self.warnings.append(f"{found.name}: no gradient comes back through it, so it was not refined")
+            return units
         found.refined = moved(refined.vectors, self.source.device)
         of = {each.weight: moved(each, self.source.device) for each in refined.rounded}
         return [[of[each.weight] for each in unit] for unit in units]

@@ -54,8 +54,10 @@ def refine(
     targets: Sequence[Tensor],
     epochs: int,
     shared: Container[str] = (),
-) -> Refined:
+) -> Refined | None:
     """What brings the block's output nearest to `targets`; never further away than it was with `rounded`.
+
+    None where no gradient comes back through the block, whose own code then keeps it from doing so.
 
     lanes: the calibration set as the quantized blocks before left it, waiting before the block; they stay there.
     targets: what the original block gave each of them (batch, seq_len, hidden). epochs: how often each is seen.
@@ -72,6 +74,8 @@ def refine(
         for lane, target in zip(lanes, targets, strict=True):
             with torch.enable_grad():
                 loss = _distance(block, tuned.scaled(), lane, target) / target.square().sum()
+                if not loss.requires_grad:
+                    return None
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
