@@ -72,6 +72,7 @@ OURS: dict[str, dict[str, Options]] = {
         "gptq": GPTQ,
         "auto, gptq": AUTO | GPTQ,
         "auto, gptq, refined": BEST,
+        "auto, gptq, refined longer": {**BEST, "refine": 4},
     },
 }
 # Of each scheme, what llmcompressor is asked for besides its defaults. Its documents recommend SmoothQuant before GPTQ
