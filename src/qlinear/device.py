@@ -69,11 +69,14 @@ def computes_in(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """A value with the tensors in it, in dataclasses and dicts, on the device; itself where there is none to move."""
+    """A value with the tensors in it, in dataclasses, dicts, lists and tuples, on the device; a dataclass is itself
+    where there is none to move."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, dict):
         return {key: moved(each, device) for key, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(moved(each, device) for each in value)
     if not is_dataclass(value) or isinstance(value, type):
         return value
     own = {each.name: getattr(value, each.name) for each in fields(value)}

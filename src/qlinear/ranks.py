@@ -10,7 +10,6 @@ tensors from an accelerator arrive on the receiver's own.
 One process alone is the case of one rank: nothing is told, and nothing waits.
 """
 
-import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .device import CPU
+from .device import CPU, moved
 from .errors import QLinearError
 
 T = TypeVar("T")
@@ -73,8 +72,8 @@ class Ranks:
         if self.size == 1:
             return [mine]
         told: list[Any] = [None] * self.size
-        dist.all_gather_object(told, packed(mine, self.device))
-        return [unpacked(each, self.device) for each in told]
+        dist.all_gather_object(told, moved(mine, CPU))
+        return [moved(each, self.device) for each in told]
 
     def first(self, work: Callable[[], T]) -> T:
         """What `work` gives on the leader, which alone does it; what it raises, all raise."""
@@ -83,13 +82,14 @@ class Ranks:
             told[0] = work() if self.leads else None
         if self.size == 1:
             return told[0]  # type: ignore[no-any-return]
-        told[0] = packed(told[0], self.device)
+        told[0] = moved(told[0], CPU)
         dist.broadcast_object_list(told, src=0)
-        return unpacked(told[0], self.device)  # type: ignore[no-any-return]
+        return moved(told[0], self.device)  # type: ignore[no-any-return]
 
     def part(self, items: Sequence[T]) -> Sequence[T]:
-        """The items that fall to this rank: neighbours, so that all parts in turn are `items`."""
-        bounds = [len(items) * rank // self.size for rank in (self.rank, self.rank + 1)]
+        """The items that fall to this rank: neighbours, so that all parts in turn are `items`; some to the leader, if
+        there are any."""
+        bounds = [-(-len(items) * rank // self.size) for rank in (self.rank, self.rank + 1)]
         return items[slice(*bounds)]
 
     def shared(
@@ -113,23 +113,6 @@ class Ranks:
             dist.all_reduce(total)
             x = total.to(x.device)
         return x
-
-
-def packed(value: Any, device: torch.device) -> Any:
-    """What is told of a value: itself, or where tensors in it may be on an accelerator, bytes that do not say which."""
-    if device == CPU:
-        return value
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
-
-
-def unpacked(told: Any, device: torch.device) -> Any:
-    """The value, with its tensors on the device."""
-    if device == CPU:
-        return told
-    # From a process of the same job, which sends objects of ours, and from nobody else.
-    return torch.load(io.BytesIO(told), map_location=device, weights_only=False)
 
 
 @contextmanager

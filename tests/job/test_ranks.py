@@ -1,8 +1,10 @@
 """Several processes at one job write what one process alone writes."""
 
+import io
 import json
 import multiprocessing
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from safetensors.torch import load_file
 
 import qlinear
 from qlinear import QLinearError, ranks
+from qlinear.device import moved
 from qlinear.job.statistics import write_statistics
 from qlinear.ranks import Ranks
 
@@ -48,6 +51,28 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.job.dying"])
 
 
+class Tensors(pickle.Pickler):
+    """Finds the devices of all tensors in a value, however deep and in whatever they lie."""
+
+    def __init__(self) -> None:
+        super().__init__(io.BytesIO())
+        self.devices: set[str] = set()
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return NotImplemented
+        self.devices.add(value.device.type)
+        return str, ()
+
+
+def moved_whole(value: Any, device: torch.device) -> Any:
+    """`moved`, once it is sure that no tensor in what is told would be left behind on an accelerator."""
+    found = Tensors()
+    found.dump(moved(value, torch.device("meta")))
+    assert found.devices <= {"meta"}
+    return moved(value, device)
+
+
 def run(
     rank: int,
     size: int,
@@ -59,8 +84,8 @@ def run(
 ) -> None:
     """One of `size` processes; what it raises is left beside the result. Statistics alone go into a file."""
     torch.set_num_threads(1)
-    if as_from_accelerators:  # what is told is packed as there, and unpacked on the CPU
-        ranks.CPU = torch.device("meta")
+    if as_from_accelerators:
+        ranks.moved = moved_whole
     dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=size)
     try:
         (write_statistics if out.suffix else qlinear.quantize)(source, out, **options)
@@ -125,6 +150,14 @@ def test_more_ranks_than_batches_and_after_a_kill(tmp_path: Path) -> None:
     assert contents(tmp_path / "three") == contents(tmp_path / "one")
 
 
+def test_the_leader_refines_though_there_are_more_ranks_than_batches(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", **WIDE)
+    options = {"calibration": IDS[:1], "samples": 1, "seq_len": 600, "scheme": "w4a16-channel"}
+    qlinear.quantize(source, tmp_path / "one", refine=2, **options)
+    run_many(3, tmp_path / "three", source, {"refine": 2, **options})
+    assert contents(tmp_path / "three") == contents(tmp_path / "one")
+
+
 def test_what_goes_wrong_on_one_rank_all_ranks_say(tmp_path: Path) -> None:
     source = save_model(tmp_path / "source")
     (tmp_path / "out").mkdir()
@@ -156,6 +189,7 @@ def test_parts_in_turn_are_the_whole(count: int, size: int) -> None:
     parts = [Ranks(rank, size).part(items) for rank in range(size)]
     assert [item for part in parts for item in part] == items
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert len(parts[0]) == max(map(len, parts))
 
 
 def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -217,8 +217,8 @@ class Job:
         if refined is None:
             self.warnings.append(f"{found.name}: no gradient comes back through it, so it was not refined")
             return units
-        found.refined = moved(refined.vectors, self.source.device)
-        of = {each.weight: moved(each, self.source.device) for each in refined.rounded}
+        found.refined = refined.vectors
+        of = {each.weight: each for each in refined.rounded}
         return [[of[each.weight] for each in unit] for unit in units]
 
     def _replayed(self, block: nn.Module, at: Standing) -> None:
