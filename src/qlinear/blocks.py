@@ -52,8 +52,8 @@ class Call:
         return forward(*self.args, **self.kwargs)
 
     def copied(self) -> "Call":
-        """The same call on copies of its tensors, and of objects that may hold some, such as a cache that grows."""
-        args, kwargs = tree_map(_copied, (self.args, self.kwargs))
+        """The same call on copies of what it is given."""
+        args, kwargs = copied((self.args, self.kwargs))
         return replace(self, args=args, kwargs=kwargs)
 
     def run_until(self, enough: type[BaseException]) -> None:
@@ -67,10 +67,15 @@ class Call:
         return self.args[0] if self.args else self.kwargs.get("hidden_states")
 
 
-def _copied(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor):
-        return leaf.clone()
-    return deepcopy(leaf) if hasattr(leaf, "__dict__") and not callable(leaf) else leaf
+def copied(tree: Any) -> Any:
+    """A copy of arguments: of tensors, and of objects that may hold some, such as a cache of keys and values."""
+
+    def copy(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.clone()
+        return deepcopy(leaf) if hasattr(leaf, "__dict__") and not callable(leaf) else leaf
+
+    return tree_map(copy, tree)
 
 
 class Lane(threading.Thread):

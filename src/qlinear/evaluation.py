@@ -61,8 +61,8 @@ def evaluate(
     """Perplexity of a checkpoint, quantized or not, on a text; with a reference how far it moved from that.
 
     model, reference: checkpoint folders, Hub ids, or "demo". data: text, as for `quantize`'s calibration, or token ids
-    (n, seq_len). tokens: how many of it are read, in sequences of seq_len. device: what
-    it is computed on, "cpu" or "cuda". Raises QLinearError before any work.
+    (n, seq_len). tokens: how many of it are read, in sequences of seq_len. device: what it is computed on, "cpu" or
+    "cuda". Raises QLinearError before any work.
     """
     where = as_device(device)
     opened = open_model(model, dtype, trust_remote_code, revision, where)

@@ -78,13 +78,24 @@ def _by_tile(per_tile: Tensor, fmt: TensorFormat, shape: torch.Size) -> Tensor:
 
 
 def by_halves(
-    start: int, stop: int, few: int, visit: Callable[[int, int], None], carry: Callable[[slice, slice], None]
+    start: int,
+    stop: int,
+    few: int,
+    visit: Callable[[int, int], None],
+    carry: Callable[[slice, slice], None],
+    back: bool = False,
 ) -> None:
-    """Visit the columns from start to stop in runs of at most `few`; carry(from, to) takes a half to the next."""
+    """Visit the columns from start to stop in runs of at most `few`; carry(from, to) takes a half to the next.
+
+    back: whether the right half is carried to the left, too, once it is done.
+    """
     if stop - start <= few:
         visit(start, stop)
         return
     middle = start + ((stop - start) // few + 1) // 2 * few
-    by_halves(start, middle, few, visit, carry)
-    carry(slice(start, middle), slice(middle, stop))
-    by_halves(middle, stop, few, visit, carry)
+    left, right = slice(start, middle), slice(middle, stop)
+    by_halves(start, middle, few, visit, carry, back)
+    carry(left, right)
+    by_halves(middle, stop, few, visit, carry, back)
+    if back:
+        carry(right, left)

@@ -39,7 +39,7 @@ class Descent:
         self._new = torch.empty_like(values[0])
         curvature = moment.diagonal()
         self._step = torch.where(curvature > 0, 1 / curvature, 0.0).nan_to_num_(0.0, 0.0).tolist()
-        self._near = [moment.diagonal(distance).tolist() for distance in range(min(FEW, len(moment)))]
+        self._near = [moment.diagonal(distance).tolist() for distance in range(FEW)]
         self._columns = [each.unbind() for each in (self.values, self._gradient, self._moved)]
 
     def losses(self) -> Tensor:
@@ -58,19 +58,7 @@ class Descent:
     def run(self, sweeps: int) -> None:
         """Visit every column that many times."""
         for left in reversed(range(sweeps)):
-            self._sweep(0, len(self.values), is_last=left == 0)
-
-    def _sweep(self, start: int, stop: int, is_last: bool) -> None:
-        if stop - start <= self._block:
-            self._visit_block(start, stop)
-            return
-        middle = start + ((stop - start) // self._block + 1) // 2 * self._block
-        left, right = slice(start, middle), slice(middle, stop)
-        self._sweep(start, middle, is_last)
-        self._carry(left, right)
-        self._sweep(middle, stop, is_last)
-        if not is_last:
-            self._carry(right, left)
+            by_halves(0, len(self.values), self._block, self._visit_block, self._carry, back=left > 0)
 
     def _carry(self, moved: slice, to: slice) -> None:
         self._gradient[to].addmm_(self._moment[to, moved], self._moved[moved], alpha=-1)

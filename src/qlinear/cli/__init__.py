@@ -125,7 +125,9 @@ def quantize(
     keep_worst: Annotated[int, typer.Option(min=0, help="Leave so many of the worst linears in float.")] = 0,
     refine: Annotated[
         int,
-        typer.Option(min=0, help="Passes over the calibration text to tune the scales of each block. Try 2."),
+        typer.Option(
+            min=0, help="Passes over the calibration text to tune each block's scales and gains. Try 2."
+        ),
     ] = 0,
     propagate: Annotated[
         Optional[bool],  # noqa: UP045

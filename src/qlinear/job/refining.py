@@ -12,8 +12,7 @@ straight through. What was found is kept only if it is better on the whole set, 
 """
 
 import math
-from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,10 +22,9 @@ from torch.func import functional_call
 
 from ..blocks import Call, Lane
 from ..checkpoint.layout import QuantizedLinear
-from ..structure import Weight
 from .recipe import Findings
 from .rounding import Rounded
-from .simulate import rounding_input
+from .simulate import rounding_inputs, values_of
 
 # The first step moves a scale by this share of itself, about one of bfloat16's; later ones by less and less.
 _RATE = 4e-3
@@ -47,6 +45,7 @@ class Refined:
     vectors: Mapping[str, Tensor]
 
 
+@torch.no_grad()
 def refine(
     found: Findings,
     rounded: Sequence[Rounded],
@@ -80,7 +79,7 @@ def refine(
                 loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
-    after = tuned.stored()
+    after = tuned.scaled(rounds=True)
     before, now = (
         sum(float(_distance(block, each, lane, target)) for lane, target in zip(lanes, targets, strict=True))
         for each in (start, after)
@@ -124,11 +123,6 @@ class _Tuned:
             vectors = {name: vector.to(stored(name)).float() for name, vector in vectors.items()}
         return Refined(linears, vectors)
 
-    @torch.no_grad()
-    def stored(self) -> Refined:
-        """The block as the file will hold it."""
-        return self.scaled(rounds=True)
-
 
 def _ones(like: Tensor) -> Tensor:
     return torch.ones_like(like).requires_grad_()
@@ -136,22 +130,19 @@ def _ones(like: Tensor) -> Tensor:
 
 def _distance(block: nn.Module, refined: Refined, lane: Lane, target: Tensor) -> Tensor:
     """How far the block's output is from what it should be, squared."""
-    held = {each.weight: each.held for each in refined.rounded}
-    parameters = _parameters(block, held)
+    parameters = _parameters(block, refined.rounded)
     for name, vector in refined.vectors.items():
         parameters[name] = vector.to(block.get_parameter(name).dtype)
 
     def run(call: Call) -> Tensor:
-        with _rounding_inputs(block, held):
+        with rounding_inputs(block, refined.rounded):
             output = functional_call(block, parameters, call.args, call.kwargs)
         return (hidden_of(output).float() - target).square().sum()
 
     return lane.rehearse(run)
 
 
-def _scaled(
-    held: QuantizedLinear, weight: Tensor, input: Tensor | None, rounds: bool = False
-) -> QuantizedLinear:
+def _scaled(held: QuantizedLinear, weight: Tensor, input: Tensor | None, rounds: bool) -> QuantizedLinear:
     """A linear with its scales times factors. rounds: to what they are stored in."""
     scale = held.weight.scale * weight
     if rounds:
@@ -162,13 +153,11 @@ def _scaled(
     return replace(held, weight=replace(held.weight, scale=scale), input_scale=input_scale)
 
 
-def _parameters(block: nn.Module, held: Mapping[Weight, QuantizedLinear]) -> dict[str, Tensor]:
+def _parameters(block: nn.Module, rounded: Sequence[Rounded]) -> dict[str, Tensor]:
     """What the codes of a block's weights stand for, by the names of its parameters; of stacks, all matrices."""
     matrices: dict[str, list[tuple[int, Tensor]]] = {}
-    for weight, linear in held.items():
-        values = linear.weight.dequantize()
-        if linear.migration_scale is not None:
-            values = values / linear.migration_scale
+    for each in rounded:
+        weight, values = each.weight, values_of(each.held)
         matrices.setdefault(weight.name, []).append(
             (weight.index or 0, values.mT if weight.transposed else values)
         )
@@ -179,18 +168,3 @@ def _parameters(block: nn.Module, held: Mapping[Weight, QuantizedLinear]) -> dic
         whole = in_order[0] if len(in_order) == 1 else torch.stack(in_order)
         made[name] = whole.reshape(like.shape).to(like.dtype)
     return made
-
-
-@contextmanager
-def _rounding_inputs(block: nn.Module, held: Mapping[Weight, QuantizedLinear]) -> Iterator[None]:
-    """While open, the inputs of linears pass through the codes of their activations."""
-    hooks = [
-        block.get_submodule(weight.module).register_forward_pre_hook(rounding_input(linear))
-        for weight, linear in held.items()
-        if weight.index is None and linear.weight.codes.dim() == 2 and linear.scheme.activation is not None
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

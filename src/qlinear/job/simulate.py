@@ -21,20 +21,35 @@ from .rounding import Rounded
 @contextmanager
 def simulated(found: Findings, rounded: Sequence[Rounded]) -> Iterator[None]:
     """While open, inputs are rounded; the weights of the block stay rounded, and its vectors refined, for good."""
-    hooks = []
     for name, vector in found.refined.items():
         found.block.get_parameter(name).detach().copy_(vector)
+    for each in rounded:
+        matrix = each.weight.of(found.block).detach()
+        if matrix.dim() > 2:
+            _copy_experts(each.held.weight, matrix)
+        else:
+            matrix.copy_(values_of(each.held))
+    with rounding_inputs(found.block, rounded):
+        yield
+
+
+def values_of(held: QuantizedLinear) -> Tensor:
+    """What a linear's codes stand for, as the weight (out, in) of one that does not divide its input."""
+    floats = held.weight.dequantize()
+    return floats if held.migration_scale is None else floats / held.migration_scale
+
+
+@contextmanager
+def rounding_inputs(block: nn.Module, rounded: Sequence[Rounded]) -> Iterator[None]:
+    """While open, the inputs of linears pass through the codes of their activations; those of experts do not, since no
+    module stands before each."""
+    hooks = [
+        block.get_submodule(each.weight.module).register_forward_pre_hook(_rounding_input(each.held))
+        for each in rounded
+        if each.weight.index is None and each.held.weight.codes.dim() == 2
+        if each.held.scheme.activation is not None
+    ]
     try:
-        for each in rounded:
-            held, matrix = each.held, each.weight.of(found.block).detach()
-            if matrix.dim() > 2:
-                _copy_experts(held.weight, matrix)
-                continue
-            floats = held.weight.dequantize()
-            matrix.copy_(floats if held.migration_scale is None else floats / held.migration_scale)
-            if held.scheme.activation is not None:
-                module = found.block.get_submodule(each.weight.module)
-                hooks.append(module.register_forward_pre_hook(rounding_input(held)))
         yield
     finally:
         for hook in hooks:
@@ -42,7 +57,7 @@ def simulated(found: Findings, rounded: Sequence[Rounded]) -> Iterator[None]:
 
 
 def _copy_experts(weight: QuantizedTensor, stack: Tensor) -> None:
-    """Experts (experts, out, in), one at a time. What they read is not rounded: no module stands before each."""
+    """Experts (experts, out, in), one at a time."""
     for i, expert in enumerate(stack):
         zero_point = None if weight.zero_point is None else weight.zero_point[i]
         expert.copy_(
@@ -50,7 +65,7 @@ def _copy_experts(weight: QuantizedTensor, stack: Tensor) -> None:
         )
 
 
-def rounding_input(held: QuantizedLinear) -> Any:
+def _rounding_input(held: QuantizedLinear) -> Any:
     """A hook that replaces a linear's input x (*, in) by what its codes stand for, with gradients where enabled."""
     activation = held.scheme.activation
     assert activation is not None

@@ -63,7 +63,7 @@ class BlockWriter:
 
     def write(self, found: Findings, units: Iterable[list[Rounded]]) -> list[Rounded]:
         """Write a block, and what `round` made of it; that is returned, experts as the stacks that they are."""
-        changed, written, made_of = set(found.smoothing.changed), [], iter(units)
+        changed, written, made_of = {*found.smoothing.changed, *found.refined}, [], iter(units)
         for members in self._single(found):
             made = next(made_of)
             quantized = {each.weight for each in made}
@@ -75,7 +75,7 @@ class BlockWriter:
             made = [each for _ in groups for each in next(made_of)]
             in_order = sorted(made, key=lambda each: each.weight.index or 0)
             written.append(self._write_stack(found, name, in_order))
-        plain = {*changed, *found.refined}.difference(experts)
+        plain = changed.difference(experts)
         together = {n for name in plain for n in self.source.names.made_with(joined(found.name, name))}
         refined = {joined(found.name, name): vector for name, vector in found.refined.items()}
         self._write_float(

@@ -8,7 +8,6 @@ reads it directly, and goes no further; and nothing is multiplied, so that such 
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..blocks import copied
 from .observe import Operands, Watch, Weight
 
 _TOPK = {torch.topk, Tensor.topk}
@@ -201,11 +201,9 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _float_copy(tree: Any) -> Any:
-    """A copy of arguments: tensors, in float32, and objects that may hold some, such as a cache of keys and values."""
+    """A copy of arguments, with their tensors in float32."""
+    return tree_map(lambda leaf: leaf.float() if _is_float(leaf) else leaf, copied(tree))
 
-    def copy(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return leaf.float().clone() if leaf.is_floating_point() else leaf.clone()
-        return deepcopy(leaf) if hasattr(leaf, "__dict__") and not callable(leaf) else leaf
 
-    return tree_map(copy, tree)
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
