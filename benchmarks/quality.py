@@ -57,6 +57,14 @@ OURS: dict[str, dict[str, Options]] = {
         "auto, gptq": AUTO | GPTQ,
         "auto, gptq, refined": BEST,
     },
+    "w8a8-asym": {"default": {}, "auto": AUTO},
+    "w8a8-static-asym": {
+        "default": {},
+        "auto": AUTO,
+        "gptq": GPTQ,
+        "auto, gptq": AUTO | GPTQ,
+        "auto, gptq, refined": BEST,
+    },
     "w4a16": {
         "smooth off": {"smooth": "off"},
         "default": {},

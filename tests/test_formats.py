@@ -11,9 +11,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import qlinear
-from qlinear.errors import CheckpointError, SchemeError
+from qlinear.checkpoint.layouts import LAYOUTS
+from qlinear.errors import CheckpointError, DataError, SchemeError
 from qlinear.job import Result
+from qlinear.job.recipe import Findings, Recipe
+from qlinear.job.rounding import round_weights
+from qlinear.job.statistics import write_statistics
 from qlinear.nn import QLinear, SmoothedLinear
+from qlinear.scheme import SCHEMES
 
 from .architectures import small_model
 
@@ -180,6 +185,50 @@ def test_static_scales_are_equal_where_engines_merge(tmp_path: Path) -> None:
     q, k, v = (layer.get_submodule(f"self_attn.{name}_proj").input_scale for name in "qkv")
     assert torch.equal(q, k)
     assert torch.equal(q, v)
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "OPT"])
+def test_turned_channels_are_folded_and_read_back(architecture: str, tmp_path: Path) -> None:
+    model, expected = source(tmp_path, architecture)
+    options: dict[str, Any] = {"smooth": 0.9, "ignore": []}
+    lost = {}
+    for scheme in ("w8a8-static", "w8a8-static-asym"):
+        result, loaded = quantized(tmp_path, model, scheme=scheme, **options)
+        lost[scheme] = sum(layer.error**2 for layer in result.layers)
+        assert relative(logits(loaded), expected) < 0.1
+    assert lost["w8a8-static-asym"] < lost["w8a8-static"]
+    norms = [
+        t for name, t in load_file(tmp_path / "out" / "model.safetensors").items() if "norm.weight" in name
+    ]
+    assert any(bool((t < 0).any()) for t in norms), "some channel was turned"
+
+
+def test_a_static_scale_is_found_for_the_head_too(tmp_path: Path) -> None:
+    model, expected = source(tmp_path, "Llama")
+    result, loaded = quantized(
+        tmp_path, model, scheme="w8a8-static", ignore=[], algorithm="gptq", smooth="auto"
+    )
+    assert result.layers[-1].name == "lm_head"
+    assert loaded.get_submodule("lm_head").input_scale is not None
+    assert relative(logits(loaded), expected) < 0.1
+
+
+def test_a_static_head_is_refused_where_statistics_do_not_know_it(tmp_path: Path) -> None:
+    model, _ = source(tmp_path, "Llama")
+    write_statistics(model, tmp_path / "s.pth", calibration=TOKENS)
+    options: dict[str, Any] = {"stats": tmp_path / "s.pth", "ignore": []}
+    with pytest.raises(DataError, match="--ignore lm_head"):
+        qlinear.quantize(model, tmp_path / "out", "w8a8-static", **options)
+    assert not (tmp_path / "out").exists()
+    assert qlinear.quantize(model, tmp_path / "out", "w8a8", **options).layers[-1].name == "lm_head"
+
+
+def test_a_static_linear_that_no_token_reached_is_refused() -> None:
+    linear = torch.nn.Linear(8, 4)
+    found = Findings("experts.3", linear, lambda name: torch.float32)
+    recipe = Recipe({"experts.3": SCHEMES["w8a8-static"]}, LAYOUTS["compressed-tensors"])
+    with pytest.raises(DataError, match=r"experts\.3, which no calibration token reached"):
+        list(round_weights(found, found.weights(), recipe))
 
 
 def test_a_policy_that_the_layout_has_no_place_for_is_refused(tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from qlinear.errors import SchemeError
-from qlinear.smooth import GroupStatistics, Smoothing, group_scale, smoothing_scale, weight_statistic
+from qlinear.numerics import quantize_tensor
+from qlinear.scheme import TensorFormat
+from qlinear.smooth import GroupStatistics, Smoothing, group_scale, smoothing_scale, turned, weight_statistic
 from qlinear.structure import Fold, InputGroup, Producer, Reader, Weight, find_groups
 
 from .test_structure import WIDTH, Block, OnePlusNorm, call_of, folds_of, perturbed
@@ -171,3 +173,43 @@ def test_a_group_that_no_token_reached_has_its_weights_evened_out_around_one(for
     column = weight_statistic([matrix * s], "absmax" if form == "absmax" else "mean")
     before = weight_statistic([matrix], "absmax" if form == "absmax" else "mean")
     assert column.amax() / column.amin() < before.amax() / before.amin()
+
+
+def lopsided(tokens: int, seed: int) -> Tensor:
+    """Inputs (tokens, 8) whose channels reach farther to one side, some up and some down."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, 8, generator=generator)
+    x = torch.where(x > 0, x * 6, x) * torch.exp(torch.randn(8, generator=generator))
+    return x * torch.tensor([1.0, -1.0]).repeat(4)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_turned_channels_need_a_narrower_range_and_cost_less(seed: int) -> None:
+    """Channels 0 to 3 of a value head reach columns 0 to 3 and 4 to 7, so two inputs share a sign."""
+    weight, matrix, x = Weight("o.weight"), torch.randn(16, 8), lopsided(512, seed)
+    x[:, 4:] = x[:, :4].flip(0) * 0.7
+    fold = Fold(Producer(4, weight=Weight("v.weight")), (Reader(weight, torch.arange(8) % 4),))
+    group = InputGroup((weight,), fold)
+    signs, reach = turned(group, {weight: matrix}, {weight: x.amin(0)}, {weight: x.amax(0)})
+    assert signs.tolist() == [1, -1, 1, -1]
+    absmax = {weight: x.abs().amax(0)}
+    plain = fold.readers[0].spread(group_scale(group, {weight: matrix}, absmax, 1.0))
+    best = fold.readers[0].spread(group_scale(group, {weight: matrix}, reach, 1.0) * signs)
+
+    def lost(s: Tensor) -> float:
+        scaled, fmt = x / s, TensorFormat("int8", "tensor", symmetric=False)
+        return float(((quantize_tensor(scaled, fmt).dequantize() - scaled) * s @ matrix.T).square().sum())
+
+    assert (x / best).aminmax().max <= 1.0001
+    assert (x / best).amin() > -0.5
+    assert lost(best) < 0.7 * lost(plain)
+
+
+def test_channels_that_reach_both_ways_alike_keep_their_absmax() -> None:
+    weight, high = Weight("up.weight"), torch.rand(8) + 1
+    group = InputGroup(
+        (weight,), Fold(Producer(8, gain=("norm.weight",)), (Reader(weight, torch.arange(8)),))
+    )
+    signs, reach = turned(group, {weight: torch.randn(4, 8)}, {weight: -high}, {weight: high})
+    assert torch.equal(signs, torch.ones(8))
+    torch.testing.assert_close(reach[weight], high)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlinear.blocks import Call, shared_parameters
-from qlinear.structure import Fold, InputGroup, Trace, examine, find_groups, prove, proved
+from qlinear.structure import Fold, InputGroup, Trace, examine, find_groups, prove, proved, reversible
 from qlinear.structure.find import Finder
 
 WIDTH, HEADS, KV_HEADS = 32, 4, 2
@@ -359,3 +359,32 @@ def test_an_einsum_that_is_a_linear_layer_is_one_and_any_other_is_named() -> Non
     assert trace.unread == {"heads"}
     assert "norm2" not in {fold.producer.name for fold in folds}, "heads read it too"
     assert next(f for f in folds if f.producer.weight == read["up"]).readers[0].weight == read["down"]
+
+
+class Plain(Block):
+    """One up projection, and a nonlinearity that keeps some sizes and no sign."""
+
+    def __init__(self, power: int) -> None:
+        super().__init__()
+        del self.gate
+        self.power = power
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.down(F.relu(self.up(self.norm2(x))) ** self.power)
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_a_fold_behind_a_relu_holds_for_sizes_and_not_for_signs(power: int) -> None:
+    block = perturbed(Plain(power))
+    _, _, folds = folds_of(block)
+    assert "up" in {fold.producer.name for fold in folds}
+    turning = reversible(block, call_of(block, 2, 8), folds)
+    assert {fold.producer.name for fold in turning} == {"norm1", "norm2", "attention.v"}
+
+
+@pytest.mark.parametrize("norm", [lambda: nn.RMSNorm(WIDTH), lambda: nn.LayerNorm(WIDTH), OnePlusNorm])
+def test_every_fold_of_a_gated_block_holds_for_signs(norm: Callable[[], nn.Module]) -> None:
+    block = perturbed(Block(norm))
+    _, _, folds = folds_of(block)
+    assert reversible(block, call_of(block, 2, 8), folds) == folds

@@ -147,6 +147,11 @@ class Scheme:
         """Whether the input's scale is fixed by calibration."""
         return self.activation is not None and not self.activation.dynamic
 
+    @property
+    def is_lopsided(self) -> bool:
+        """Whether the input's codes need not reach as far below zero as above."""
+        return self.activation is not None and not self.activation.symmetric
+
 
 _W8 = TensorFormat("int8", "channel")
 _DYNAMIC_INT8 = TensorFormat("int8", "token", dynamic=True)
@@ -164,6 +169,7 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("w8a8", _W8, _DYNAMIC_INT8),
         Scheme("w8a8-asym", _W8, TensorFormat("int8", "token", symmetric=False, dynamic=True)),
         Scheme("w8a8-static", _W8, TensorFormat("int8", "tensor")),
+        Scheme("w8a8-static-asym", _W8, TensorFormat("int8", "tensor", symmetric=False)),
         Scheme("w8a16", _W8),
         Scheme("w4a16", _int4(128)),
         Scheme("w4a16-g64", _int4(64)),

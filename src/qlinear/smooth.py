@@ -19,6 +19,8 @@ from .errors import SchemeError
 from .structure import Fold, InputGroup, Producer, Weight
 
 _MINIMUM = 1e-5
+# How far a range with a zero point may reach below zero, as shares of how far it reaches above.
+_SHARES_BELOW = tuple(i / 20 for i in range(20, 0, -1))
 
 
 def weight_statistic(
@@ -244,3 +246,35 @@ def _gathered(group: InputGroup, of: Mapping[Weight, Tensor]) -> Tensor:
         return torch.stack(list(of.values()))
     size, readers = group.fold.producer.size, group.fold.readers
     return torch.stack([r.gather(of[r.weight], size) for r in readers if r.weight in of])
+
+
+def turned(
+    group: InputGroup,
+    matrices: Mapping[Weight, Tensor],
+    low: Mapping[Weight, Tensor],
+    high: Mapping[Weight, Tensor],
+) -> tuple[Tensor, dict[Weight, Tensor]]:
+    """Signs that turn every channel's far end the same way, and how far each then reaches.
+
+    Codes with a zero point need not reach as far below zero as above. What decides are all channels together, and one
+    that reaches far up stands beside one that reaches far down. A sign is as free as a size is: of s it is folded
+    alike. With all far ends above zero, a share b of the range is enough below it. Channel j then reaches
+
+        r_j = max(far_j, near_j / b)        b of least Σ_j ((1 + b) r_j)² |W_j|²
+
+    which is the error of the outputs where every channel fills the range, up to a factor; b = 1 gives the absmax.
+
+    group: with a fold that holds for either sign (`structure.reversible`). matrices: (out, in). low, high: extremes
+    (in,) of the weights that saw tokens. Returns signs (size,), 1 or -1, and r (in,) of each of those weights.
+    """
+    assert group.fold is not None
+    above = _per_channel(group, {weight: x.clamp(min=0) for weight, x in high.items()})
+    below = _per_channel(group, {weight: -x.clamp(max=0) for weight, x in low.items()})
+    energy = _gathered(group, {w: matrices[w].square().sum(0) for w in group.weights}).sum(0)
+    far, near = torch.maximum(above, below), torch.minimum(above, below)
+    reaches = {share: torch.maximum(far, near / share) for share in _SHARES_BELOW}
+    reach = reaches[min(reaches, key=lambda b: float((reaches[b].square() @ energy) * (1 + b) ** 2))]
+    signs = torch.where(below > above, -1.0, 1.0)
+    return signs, {
+        reader.weight: reader.spread(reach) for reader in group.fold.readers if reader.weight in low
+    }

@@ -180,6 +180,17 @@ def test_smoothing_a_group_leaves_its_output_unchanged(scheme: Scheme) -> None:
     torch.testing.assert_close(smoothed.absmax, group.absmax / scale_at(group, DEFAULT))
 
 
+def test_a_group_that_is_turned_knows_its_extremes() -> None:
+    """A negative s makes the least of a channel its greatest."""
+    group = group_of(get_scheme("w8a8-static-asym"))
+    x = group.sample
+    group = replace(group, low=x.amin(0), high=x.amax(0), absmean=x.abs().mean(0))
+    turned = group.divided(torch.randn(64))
+    torch.testing.assert_close(turned.low, turned.sample.amin(0))
+    torch.testing.assert_close(turned.high, turned.sample.amax(0))
+    torch.testing.assert_close(turned.absmean, turned.sample.abs().mean(0))
+
+
 def test_static_activations_are_rounded_with_the_range_of_all_tokens() -> None:
     group = group_of(get_scheme("w8a8-static"))
     step = float(group.absmax.max()) / 127

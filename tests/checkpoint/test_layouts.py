@@ -25,7 +25,6 @@ _FP8_BLOCK = TensorFormat("float8_e4m3fn", "block", block_size=(128, 128))
 EVERY = dict(SCHEMES) | {
     scheme.name: scheme
     for scheme in (
-        Scheme("w8a8-static-asym", TensorFormat("int8"), TensorFormat("int8", "tensor", symmetric=False)),
         Scheme("w8a16-asym", TensorFormat("int8", symmetric=False)),
         Scheme("w8a8-asym-weight", TensorFormat("int8", symmetric=False), INT8),
         Scheme("w4a16", _W4),

@@ -39,11 +39,12 @@ class Group:
 
     def divided(self, s: Tensor) -> "Group":
         """The group with x divided by s (in,), and its weights left as they are: they hold s already."""
+        ends = self.low / s, self.high / s
         return replace(
             self,
-            low=self.low / s,
-            high=self.high / s,
-            absmean=self.absmean / s,
+            low=torch.minimum(*ends),
+            high=torch.maximum(*ends),
+            absmean=self.absmean / s.abs(),
             sample=self.sample / s,
             moment=None if self.moment is None else self.moment / s / s.unsqueeze(-1),
         )

@@ -8,7 +8,7 @@ from ..checkpoint import StreamedModel
 from ..checkpoint.layout import Layout
 from ..checkpoint.qlinear_layout import float_config
 from ..checkpoint.statistics import Statistics, load_statistics
-from ..errors import SchemeError
+from ..errors import DataError, SchemeError
 from ..memory import resident
 from ..plan import Plan, file_names
 from ..scheme import Scheme
@@ -19,13 +19,20 @@ _BLOCKS_AT_ONCE = 3
 
 
 def require_statistics(stats: str | Path, source: StreamedModel, recipe: Recipe) -> Statistics:
-    """Statistics from a file. Raises SchemeError for what needs the inputs themselves."""
+    """Statistics from a file. Raises SchemeError for what needs the inputs themselves, DataError for what lacks."""
     if recipe.algorithm != "rtn" or isinstance(recipe.smooth, str) or recipe.propagate:
         raise SchemeError(
             f"algorithm {recipe.algorithm!r} with smooth {recipe.smooth!r} looks at inputs, of which {stats} holds "
             "only statistics: give --calibration instead"
         )
-    return load_statistics(stats, source.checkpoint.fingerprint())
+    found = load_statistics(stats, source.checkpoint.fingerprint())
+    head = source.head_name
+    if head in recipe.schemes and recipe.schemes[head].is_static and head not in found.inputs:
+        raise DataError(
+            f"scheme {recipe.schemes[head].name} fixes the input scale of {head}, and the statistics hold nothing of "
+            f"it: give --calibration instead, or leave it in float with --ignore {head}"
+        )
+    return found
 
 
 def quantization_config(

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import Lane, batches_of, shared_parameters
-from ..calibrate import calibrate
+from ..calibrate import InputStats, calibrate
 from ..checkpoint import Checkpoint, StreamedModel
 from ..checkpoint.statistics import Statistics
 from ..device import moved
 from ..errors import StructureError
 from ..memory import Spill
 from ..ranks import Ranks
-from ..structure import Fold, examine, find_groups
+from ..structure import Fold, Trace, Weight, examine, find_groups, reversible, run_in_float32
 from .recipe import Findings, Layer, Progress, Recipe, joined, unseen
 from .refining import hidden_of, refine
 from .refusal import finding_bad_weights
@@ -99,16 +99,13 @@ class Job:
         """Every block, then what belongs to none."""
         for _ in self.steps():
             pass
-        if self.source.head_name in self.recipe.schemes:
-            with self._loaded(self.source.head):
-                found = self._findings(self.source.head)
-                self.blocks.write(found, self.blocks.round(found))
         self.journal.settle()
         self.blocks.finish()
         self.progress("quantizing", len(self.source.blocks), len(self.source.blocks))
 
     def steps(self) -> Generator[str]:
-        """Every block that is not finished yet, in the model's order: its name, when it is."""
+        """Every block that is not finished yet, in the model's order: its name, when it is. The output head comes last,
+        if it is quantized."""
         if self.tokens is not None:
             yield from self._calibrated_steps(self.tokens)
         else:
@@ -122,6 +119,7 @@ class Job:
                     with self._loaded(block, self.recipe.schemes):
                         self._write(self._findings(block))
                     yield name
+        self._quantize_head()
 
     def _calibrated_steps(self, tokens: Tensor) -> Iterator[str]:
         with torch.no_grad(), self.source.lanes(self._batches(tokens), self.spill) as lanes:
@@ -134,6 +132,20 @@ class Job:
                         self._calibrated(block, at)
                 yield self.source.name_of(block)
             require_agreement(at.proof, at.smoothed, self.source.checkpoint)
+            self._quantize_head(at)
+
+    def _quantize_head(self, at: Standing | None = None) -> None:
+        """Round and write the output head, if the recipe says so, by what reaches it."""
+        head = self.source.head
+        if self.source.head_name in self.recipe.schemes:
+            with self._loaded(head):
+                found = self._findings(head)
+                # Statistics of an earlier calibration need not know of it, unless its scale is fixed.
+                is_static = self.recipe.schemes[self.source.head_name].is_static
+                if at is not None and (self.statistics is None or is_static):
+                    trace = run_in_float32(head, at.proof.waiting)
+                    found.stats = self._statistics_of(found, trace, at, advance=False)
+                self.blocks.write(found, self.blocks.round(found))
 
     def _standing(self, probe: Lane, proof: Lane, smoothed: Lane, *rest: Lane) -> Standing:
         half = len(rest) // 2 if self.recipe.refine else len(rest)
@@ -162,14 +174,9 @@ class Job:
             block, at.probe.waiting, at.proof.waiting, self._likely, self._shared[block]
         )
         found = self._findings(block)
-        if self.statistics is None:
-            found.stats = calibrate(
-                block, at.calibration, trace, found.name,
-                second_moments=self.recipe.algorithm == "gptq", advance=not self.recipe.propagate,
-                ranks=self.ranks,
-            )  # fmt: skip
-        else:
-            found.stats = self.statistics.of_block(found.name, trace)
+        found.stats = self._statistics_of(found, trace, at, advance=not self.recipe.propagate)
+        if self.recipe.turns:
+            found.reversible = reversible(block, at.proof.waiting, self._likely, trace)
         at.probe.step()
         at.proof.step()
         folds = [] if self.recipe.migration_scale == "always" else self._likely
@@ -182,6 +189,17 @@ class Job:
         at.smoothed.step()
         if self.recipe.propagate:
             self._pass_on(found, rounded, at.calibration)
+
+    def _statistics_of(
+        self, found: Findings, trace: Trace, at: Standing, advance: bool
+    ) -> dict[Weight, InputStats]:
+        """What a block's weights read; see `calibrate`."""
+        if self.statistics is not None:
+            return self.statistics.of_block(found.name, trace)
+        return calibrate(
+            found.block, at.calibration, trace, found.name,
+            second_moments=self.recipe.algorithm == "gptq", advance=advance, ranks=self.ranks,
+        )  # fmt: skip
 
     def _write(self, found: Findings, at: Standing | None = None) -> list[Rounded]:
         """Round and write a block, and note that it is done."""

@@ -13,7 +13,7 @@ from ..checkpoint.layout import Layout
 from ..checkpoint.layouts import Keep
 from ..scheme import Scheme
 from ..smooth import Smoothing
-from ..structure import InputGroup, Trace, Weight
+from ..structure import Fold, InputGroup, Trace, Weight
 
 Progress = Callable[[str, int, int], None]
 Migration = Literal["folded", "kept", "none"]
@@ -71,14 +71,20 @@ class Recipe:
         """Whether calibration text passes through the model."""
         return needs_data(self.smooth, self.algorithm, self.schemes.values(), self.keep_worst, self.refine)
 
+    @property
+    def turns(self) -> bool:
+        """Whether smoothing may turn the signs of channels: see `smooth.turned`."""
+        return self.smooth is not None and any(scheme.is_lopsided for scheme in self.schemes.values())
+
 
 @dataclass(slots=True)
 class Findings:
     """A block, what calibration found of its inputs and their groups, and the smoothing that followed.
 
-    name: the block's. stored_dtype: of a parameter of the block in the file. searches: what was tried for each weight,
-    where smoothing was searched. refined: norm gains and other vectors as refining left them, by their names in the
-    block, which itself has them only once its quantized self is run.
+    name: the block's. stored_dtype: of a parameter of the block in the file. reversible: the folds that hold for
+    negative vectors, too. searches: what was tried for each weight, where smoothing was searched. refined: norm gains
+    and other vectors as refining left them, by their names in the block, which itself has them only once its quantized
+    self is run.
     """
 
     name: str
@@ -86,6 +92,7 @@ class Findings:
     stored_dtype: Callable[[str], torch.dtype]
     stats: Mapping[Weight, InputStats] = field(default_factory=dict)
     groups: Sequence[InputGroup] = ()
+    reversible: Sequence[Fold] = ()
     smoothing: Smoothing = field(default_factory=Smoothing)
     searches: dict[Weight, Search] = field(default_factory=dict)
     refined: Mapping[str, Tensor] = field(default_factory=dict)

@@ -10,6 +10,7 @@ from ..algorithms import clip, gptq, round_to_nearest
 from ..algorithms.group import Group
 from ..calibrate import InputStats
 from ..checkpoint.layout import QuantizedLinear, scale_dtype
+from ..errors import DataError
 from ..numerics import QuantizedTensor, qparams_from_range
 from ..scheme import Scheme, TensorFormat
 from ..structure import Weight
@@ -75,6 +76,12 @@ def round_weights(found: Findings, weights: Sequence[Weight], recipe: Recipe) ->
 
 
 def _without_data(found: Findings, weight: Weight, scheme: Scheme) -> Rounded:
+    if scheme.is_static:
+        name = found.full_name(weight)
+        raise DataError(
+            f"scheme {scheme.name} fixes the input scale of {name}, which no calibration token reached: give more text "
+            f"(--samples), or leave it in float with --ignore {name}"
+        )
     # As it is stored, where nothing smooths it: the float32 copy would take more memory than the rest of the work.
     matrix = found.matrix(weight) if found.smoothing.touches(weight) else weight.of(found.block).detach()
     dtype = scale_dtype(scheme, found.stored_dtype(weight.name))

@@ -4,6 +4,8 @@ Last group first: dividing a linear's rows by what its readers take changes the 
 so what the linear itself needs. The other way round nothing depends on anything.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from ..algorithms.grid import ENDS
 from ..algorithms.group import Group
 from ..algorithms.search import Point, Search
 from ..calibrate import absmax_of
-from ..smooth import GroupStatistics, group_scale
+from ..smooth import GroupStatistics, group_scale, turned
 from ..structure import InputGroup, Weight
 from .recipe import Findings, Recipe
 from .rounding import grouped
@@ -50,32 +52,51 @@ def _vector(found: Findings, group: InputGroup, recipe: Recipe) -> Tensor | None
     """The vector of a group, from its weights as they are by now; None where the search says to leave it alone."""
     assert recipe.smooth is not None
     matrices = {weight: found.matrix(weight) for weight in group.weights}
-    absmax = absmax_of(found.stats, group.weights)
+    signs, reach = _reach(found, group, matrices, recipe)
     if not isinstance(recipe.smooth, str):
-        return group_scale(group, matrices, absmax, recipe.smooth)
+        return group_scale(group, matrices, reach, recipe.smooth) * signs
     quantized = [weight for weight in group.weights if found.full_name(weight) in recipe.schemes]
     if not quantized:
         return None
     readers = grouped(found, quantized, recipe)
     if not readers:
-        return group_scale(group, matrices, absmax, 0.5)
-    absmean = {w: found.stats[w].absmean for w in absmax}
+        return group_scale(group, matrices, reach, 0.5) * signs
+    absmean = {w: found.stats[w].absmean for w in reach}
     size = readers[0][1].scheme.weight.group_size
-    statistics = GroupStatistics.of(group, matrices, absmax, absmean, size)
-    search = _searched(group, readers, statistics, recipe)
+    statistics = GroupStatistics.of(group, matrices, reach, absmean, size)
+    search = _searched(group, readers, statistics, signs, recipe)
     found.searches.update(dict.fromkeys(group.weights, search))
-    return None if search.point.form == "off" else statistics.scale(search.point.alpha, search.point.form)
+    if search.point.form == "off":
+        return None
+    return statistics.scale(search.point.alpha, search.point.form) * signs
+
+
+def _reach(
+    found: Findings, group: InputGroup, matrices: Mapping[Weight, Tensor], recipe: Recipe
+) -> tuple[Tensor, dict[Weight, Tensor]]:
+    """Signs for a group's vector, and how far its inputs reach (in,): their absmax, unless channels may be turned."""
+    absmax = absmax_of(found.stats, group.weights)
+    schemes = [recipe.schemes[name] for w in group.weights if (name := found.full_name(w)) in recipe.schemes]
+    is_lopsided = bool(schemes) and all(scheme.is_lopsided for scheme in schemes)
+    if not (is_lopsided and absmax and group.fold in found.reversible):
+        return torch.ones(()), absmax
+    ends = [{weight: getattr(found.stats[weight], end) for weight in absmax} for end in ("min", "max")]
+    return turned(group, matrices, *ends)
 
 
 def _searched(
-    group: InputGroup, readers: list[tuple[list[Weight], Group]], statistics: GroupStatistics, recipe: Recipe
+    group: InputGroup,
+    readers: list[tuple[list[Weight], Group]],
+    statistics: GroupStatistics,
+    signs: Tensor,
+    recipe: Recipe,
 ) -> Search:
     """The best point for all that read the group's tensors."""
 
     def scales_at(point: Point) -> list[Tensor]:
         if point.form == "off":
             return [torch.ones_like(reader.low) for _, reader in readers]
-        s = statistics.scale(point.alpha, point.form)
+        s = statistics.scale(point.alpha, point.form) * signs
         return [_as_seen_by(weights[0], group, s) for weights, _ in readers]
 
     groups = [reader for _, reader in readers]

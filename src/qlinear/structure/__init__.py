@@ -7,7 +7,7 @@ writes down what happens. `find` reads off who feeds whom. `proof` decides which
 from .experiment import Product, Trace, observe
 from .folds import Fold, InputGroup, Producer, Reader, find_groups
 from .observe import Weight, watching
-from .proof import examine, prove, proved, run_in_float32
+from .proof import examine, prove, proved, reversible, run_in_float32
 from .runnable import blamed
 from .sketch import consulted, sketch
 
@@ -26,6 +26,7 @@ __all__ = [
     "observe",
     "prove",
     "proved",
+    "reversible",
     "run_in_float32",
     "sketch",
     "watching",

@@ -162,16 +162,24 @@ def proved(
     return held if len(held) < 2 or prove(block, call, held, plain) else held[:1]
 
 
-def _held_among(block: nn.Module, call: Call, folds: Sequence[Fold], plain: Trace | None) -> list[Fold]:
+def reversible(block: nn.Module, call: Call, folds: Sequence[Fold], plain: Trace | None = None) -> list[Fold]:
+    """Those of some proved folds that also hold where signs are reversed: not behind a ReLU, nor a square."""
+    with _in_float32(block):
+        return _held_among(block, call, [fold for fold in folds if fold.degree == 1], plain, signed=True)
+
+
+def _held_among(
+    block: nn.Module, call: Call, folds: Sequence[Fold], plain: Trace | None, signed: bool = False
+) -> list[Fold]:
     """Those of the folds that hold, tried together as long as all do, and in halves where some do not."""
-    if not folds or prove(block, call, folds, plain):
+    if not folds or prove(block, call, folds, plain, signed=signed):
         return list(folds)
     if len(folds) == 1:
         return []
     middle = len(folds) // 2
     return [
-        *_held_among(block, call, folds[:middle], plain),
-        *_held_among(block, call, folds[middle:], plain),
+        *_held_among(block, call, folds[:middle], plain, signed),
+        *_held_among(block, call, folds[middle:], plain, signed),
     ]
 
 
@@ -188,12 +196,20 @@ def _disjoint(folds: Sequence[Fold]) -> list[Fold]:
 
 
 def prove(
-    block: nn.Module, call: Call, folds: Sequence[Fold], plain: Trace | None = None, seed: int = 0
+    block: nn.Module,
+    call: Call,
+    folds: Sequence[Fold],
+    plain: Trace | None = None,
+    seed: int = 0,
+    signed: bool = False,
 ) -> bool:
-    """Whether all of `folds` together leave the block's function on `call` as it was, at every magnitude."""
+    """Whether all of `folds` together leave the block's function on `call` as it was, at every magnitude; signed: and
+    with the signs of half their channels reversed."""
     generator = torch.Generator().manual_seed(seed)
     exponents = [torch.randint(-3, 4, (fold.producer.size,), generator=generator) for fold in folds]
     vectors = [torch.exp2(exponent.float()) for exponent in exponents]
+    if signed:
+        vectors = [s * (1 - 2 * torch.randint(2, s.shape, generator=generator)) for s in vectors]
     return all(
         _agrees(block, call, folds, vectors, magnitude, plain if magnitude == 1 else None)
         for magnitude in _MAGNITUDES
