@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from qlinear.cores import apart
+from qlinear.cores import apart, each_core
 
 
 @pytest.fixture
@@ -50,3 +50,12 @@ def test_what_goes_wrong_in_a_thread_is_raised_here_and_no_work_is_left() -> Non
             list(cores.map(work, range(3)))
         assert list(cores.map(work, [1, 2])) == [1, 2]
     assert finished.is_set()
+
+
+@pytest.mark.usefixtures("three_cores")
+def test_cores_are_parted_for_work_on_the_cpu_alone() -> None:
+    for device, count in (("cpu", 3), ("cuda", 1)):
+        with each_core(torch.device(device)) as cores:
+            assert cores.count == count
+            assert list(cores.map(lambda i: i + 1, range(4))) == [1, 2, 3, 4]
+        assert torch.get_num_threads() == 3

@@ -18,10 +18,10 @@ R = TypeVar("R")
 
 
 class Cores:
-    """A thread for each core; made by `apart`."""
+    """A thread for each of `count` cores; made by `apart`."""
 
     def __init__(self, pool: ThreadPoolExecutor, count: int) -> None:
-        self._pool, self._count = pool, count
+        self._pool, self.count = pool, count
 
     def map(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """`work` of each item, in the items' order. Only one more than there are cores is begun before it is taken."""
@@ -29,7 +29,7 @@ class Cores:
         try:
             for item in items:
                 begun.append(self._pool.submit(work, item))
-                if len(begun) > self._count:
+                if len(begun) > self.count:
                     yield begun.popleft().result()
             while begun:
                 yield begun.popleft().result()
@@ -49,3 +49,23 @@ def apart() -> Iterator[Cores]:
             yield Cores(pool, count)
     finally:
         torch.set_num_threads(count)
+
+
+class Here:
+    """In place of `Cores`: the thread that calls, and all that torch gives it."""
+
+    count = 1
+
+    def map(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """`work` of each item, in the items' order."""
+        return map(work, items)
+
+
+@contextmanager
+def each_core(device: torch.device) -> Iterator[Cores | Here]:
+    """`apart` for work on the CPU, where there are several cores to part; `Here` for the rest."""
+    if device.type != "cpu" or torch.get_num_threads() == 1:
+        yield Here()
+        return
+    with apart() as cores:
+        yield cores

@@ -1,6 +1,9 @@
 """GPTQ: against a transcription of the paper, and never above round to nearest."""
 
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +16,7 @@ from torch import Tensor
 from qlinear.algorithms.descent import row_losses
 from qlinear.algorithms.gptq import Rounded, factorize, gptq
 from qlinear.algorithms.group import Group
+from qlinear.cores import Cores
 from qlinear.errors import NumericsError, SchemeError
 from qlinear.numerics import quantize_tensor
 from qlinear.scheme import Scheme, TensorFormat
@@ -235,12 +239,19 @@ def test_losses_of_many_panels_are_those_of_one() -> None:
     torch.testing.assert_close(row_losses(error.T, moment).double(), expected, rtol=1e-4, atol=1e-4)
 
 
+@contextmanager
+def on_cores(count: int) -> Iterator[Cores]:
+    with ThreadPoolExecutor(count) as pool:
+        yield Cores(pool, count)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
-@pytest.mark.parametrize("at_once", [1, 5 * 48, 1 << 20])
+@pytest.mark.parametrize(("at_once", "cores"), [(1, 1), (5 * 48, 1), (1 << 20, 1), (1 << 20, 3), (9 * 48, 2)])
 def test_weights_of_a_group_come_out_as_each_alone(
-    scheme: Scheme, at_once: int, monkeypatch: pytest.MonkeyPatch
+    scheme: Scheme, at_once: int, cores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.modules["qlinear.algorithms.gptq"], "_AT_ONCE", at_once)
+    monkeypatch.setattr(sys.modules["qlinear.algorithms.gptq"], "each_core", lambda device: on_cores(cores))
     moment = moment_of(inputs(3, 48, rank=6))
     weights = {name: weight_of(i, rows, 48) for i, (name, rows) in enumerate((("q", 16), ("k", 7), ("v", 1)))}
     together = gptq(group_of(weights, scheme, moment))

@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..cores import each_core
 from ..errors import NumericsError
 from ..numerics import QuantizedTensor, choose_qparams, require_finite
 from ..scheme import TensorFormat
@@ -33,7 +34,7 @@ _DAMPING = 0.01
 # Ranges to choose from: fewer than `grid.RATIOS`, since the descent moves the scales of groups on.
 _RATIOS = (1.0, 15 / 14, 0.92, 0.84, 0.76)
 # Elements of a weight that are worked on at once, as many of its rows as that makes: rows have nothing to do with
-# each other, and the working copies are several times as large as this.
+# each other, so each core takes some, and the working copies are several times as large as this.
 _AT_ONCE = 1 << 25
 
 
@@ -122,14 +123,19 @@ def gptq(
                 f"moment must be (in, in) of {name} {tuple(weight.shape)}; got {tuple(group.moment.shape)}"
             )
     factor = factorize(group.moment, damping, first)
-    parts: dict[str, list[tuple[QuantizedTensor, int]]] = {name: [] for name in group.weights}
-    for stack in _stacks(group.weights, group.scheme.weight):
+
+    def rounded(stack: list[tuple[str, Tensor]]) -> tuple[QuantizedTensor, Tensor]:
         rows = torch.cat([piece for _, piece in stack]) if len(stack) > 1 else stack[0][1]
-        found, kept = _round(rows, group, group.moment, factor, grid, sweeps)
-        start = 0
-        for name, piece in stack:
-            part = slice(start, start := start + len(piece))
-            parts[name].append((_rows(found, part, len(rows)), int(kept[part].sum())))
+        return _round(rows, group, factor, grid, sweeps)
+
+    parts: dict[str, list[tuple[QuantizedTensor, int]]] = {name: [] for name in group.weights}
+    with each_core(group.moment.device) as cores:
+        stacks = list(_stacks(group.weights, group.scheme.weight, cores.count))
+        for stack, (found, kept) in zip(stacks, cores.map(rounded, stacks), strict=True):
+            start = 0
+            for name, piece in stack:
+                part = slice(start, start := start + len(piece))
+                parts[name].append((_rows(found, part, len(kept)), int(kept[part].sum())))
     used = None if factor is None else factor.damping
     return {
         name: Rounded(_joined([each for each, _ in made]), used, sum(kept for _, kept in made))
@@ -137,12 +143,18 @@ def gptq(
     }
 
 
-def _stacks(weights: Mapping[str, Tensor], fmt: TensorFormat) -> Iterator[list[tuple[str, Tensor]]]:
-    """Weights that share second moments as runs of rows to work on at once: a column of all is one vector then."""
+def _stacks(
+    weights: Mapping[str, Tensor], fmt: TensorFormat, cores: int
+) -> Iterator[list[tuple[str, Tensor]]]:
+    """Weights that share second moments as runs of rows to work on at once: a column of all is one vector then.
+
+    All cores together hold `_AT_ONCE`, each the same share.
+    """
     if fmt.granularity in ("tensor", "block"):  # rows share scales
         yield from ([item] for item in weights.items())
         return
-    most = max(1, _AT_ONCE // max(1, next(iter(weights.values())).shape[1]))
+    width, rows = next(iter(weights.values())).shape[1], sum(len(weight) for weight in weights.values())
+    most = max(1, min(_AT_ONCE // max(1, width), rows) // cores)
     stack: list[tuple[str, Tensor]] = []
     for name, weight in weights.items():
         for piece in torch.split(weight, most):
@@ -156,13 +168,13 @@ def _stacks(weights: Mapping[str, Tensor], fmt: TensorFormat) -> Iterator[list[t
 def _round(
     weight: Tensor,
     group: Group,
-    moment: Tensor,
     factor: Factor | None,
     grid: Literal["least-error", "extremes"],
     sweeps: int,
 ) -> tuple[QuantizedTensor, Tensor]:
     """Codes of a weight (out, in), and which rows (out,) GPTQ did not better."""
-    fmt, targets = group.scheme.weight, weight.T.contiguous()
+    assert group.moment is not None
+    fmt, moment, targets = group.scheme.weight, group.moment, weight.T.contiguous()
     nearest = ColumnGrid.of(choose_qparams(weight, fmt, group.scale_dtype), fmt, weight.shape)
     values = nearest.round_all_(targets.clone())
     if factor is None:
