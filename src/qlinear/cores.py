@@ -63,8 +63,8 @@ class Here:
 
 @contextmanager
 def each_core(device: torch.device) -> Iterator[Cores | Here]:
-    """`apart` for work on the CPU, where there are several cores to part; `Here` for the rest."""
-    if device.type != "cpu" or torch.get_num_threads() == 1:
+    """`apart` for work on the CPU, `Here` on an accelerator."""
+    if device.type != "cpu":
         yield Here()
         return
     with apart() as cores:

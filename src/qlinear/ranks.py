@@ -76,15 +76,15 @@ class Ranks:
         return [moved(each, self.device) for each in told]
 
     def first(self, work: Callable[[], T]) -> T:
-        """What `work` gives on the leader, which alone does it; what it raises, all raise."""
+        """What `work` gives on the leader, which alone does it, on this rank's device; what it raises, all raise."""
         told: list[Any] = [None]
         with self.together():
             told[0] = work() if self.leads else None
-        if self.size == 1:
-            return told[0]  # type: ignore[no-any-return]
-        told[0] = moved(told[0], CPU)
-        dist.broadcast_object_list(told, src=0)
-        return moved(told[0], self.device)  # type: ignore[no-any-return]
+        if self.size > 1:
+            told[0] = moved(told[0], CPU)
+            dist.broadcast_object_list(told, src=0)
+        here: T = moved(told[0], self.device)
+        return here
 
     def part(self, items: Sequence[T]) -> Sequence[T]:
         """The items that fall to this rank: neighbours, so that all parts in turn are `items`; some to the leader, if

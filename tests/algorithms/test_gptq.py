@@ -263,6 +263,14 @@ def test_weights_of_a_group_come_out_as_each_alone(
         assert together[name].rows_kept == alone.rows_kept
 
 
+def test_weights_that_train_are_rounded_like_others() -> None:
+    weight, moment = weight_of(5, 12, 48), moment_of(inputs(5, 48, rank=6))
+    expected = made(weight, SCHEMES[1], moment).weight
+    found = made(weight.requires_grad_(), SCHEMES[1], moment).weight
+    assert torch.equal(found.codes, expected.codes)
+    assert not found.scale.requires_grad
+
+
 def test_mistakes_are_named() -> None:
     weight, moment = torch.ones(4, 32), torch.eye(32)
     broken = torch.where(torch.arange(128).view(4, 32) == 40, torch.nan, weight)

@@ -113,23 +113,23 @@ def gptq(
     `least_error_qparams`, or from the extremes of each tile. sweeps: of the descent that follows. Raises NumericsError,
     naming the weight, on NaN or infinity or without second moments, and SchemeError where the scheme does not fit.
     """
-    first = next(iter(group.weights))
-    if group.moment is None:
+    first, moment = next(iter(group.weights)), group.moment
+    if moment is None:
         raise NumericsError(f"GPTQ needs the second moments of the input of {first}; the group has none")
     for name, weight in group.weights.items():
         require_finite(weight, name)
-        if group.moment.shape != (weight.shape[1],) * 2:
+        if moment.shape != (weight.shape[1],) * 2:
             raise NumericsError(
-                f"moment must be (in, in) of {name} {tuple(weight.shape)}; got {tuple(group.moment.shape)}"
+                f"moment must be (in, in) of {name} {tuple(weight.shape)}; got {tuple(moment.shape)}"
             )
-    factor = factorize(group.moment, damping, first)
+    factor = factorize(moment, damping, first)
 
     def rounded(stack: list[tuple[str, Tensor]]) -> tuple[QuantizedTensor, Tensor]:
         rows = torch.cat([piece for _, piece in stack]) if len(stack) > 1 else stack[0][1]
-        return _round(rows, group, factor, grid, sweeps)
+        return _round(rows, group, moment, factor, grid, sweeps)
 
     parts: dict[str, list[tuple[QuantizedTensor, int]]] = {name: [] for name in group.weights}
-    with each_core(group.moment.device) as cores:
+    with each_core(moment.device) as cores:
         stacks = list(_stacks(group.weights, group.scheme.weight, cores.count))
         for stack, (found, kept) in zip(stacks, cores.map(rounded, stacks), strict=True):
             start = 0
@@ -165,16 +165,17 @@ def _stacks(
     yield stack
 
 
+@torch.no_grad()  # which holds for a thread, and each core has its own
 def _round(
     weight: Tensor,
     group: Group,
+    moment: Tensor,
     factor: Factor | None,
     grid: Literal["least-error", "extremes"],
     sweeps: int,
 ) -> tuple[QuantizedTensor, Tensor]:
     """Codes of a weight (out, in), and which rows (out,) GPTQ did not better."""
-    assert group.moment is not None
-    fmt, moment, targets = group.scheme.weight, group.moment, weight.T.contiguous()
+    fmt, targets = group.scheme.weight, weight.T.contiguous()
     nearest = ColumnGrid.of(choose_qparams(weight, fmt, group.scale_dtype), fmt, weight.shape)
     values = nearest.round_all_(targets.clone())
     if factor is None:

@@ -19,7 +19,6 @@ from ..blocks import Lane, batches_of, shared_parameters
 from ..calibrate import InputStats, calibrate
 from ..checkpoint import Checkpoint, StreamedModel
 from ..checkpoint.statistics import Statistics
-from ..device import moved
 from ..errors import StructureError
 from ..memory import Spill
 from ..ranks import Ranks
@@ -175,11 +174,11 @@ class Job:
         )
         found = self._findings(block)
         found.stats = self._statistics_of(found, trace, at, advance=not self.recipe.propagate)
-        if self.recipe.turns:
-            found.reversible = reversible(block, at.proof.waiting, self._likely, trace)
+        folds = [] if self.recipe.migration_scale == "always" else self._likely
+        if self.recipe.turns and folds:
+            found.reversible = reversible(block, at.proof.waiting, folds, trace)
         at.probe.step()
         at.proof.step()
-        folds = [] if self.recipe.migration_scale == "always" else self._likely
         found.groups = find_groups(trace, folds)
         for unsmoothed in smooth_block(found, self.recipe):
             names = ", ".join(joined(found.name, weight.module) for weight in unsmoothed)
@@ -246,7 +245,7 @@ class Job:
             _, self._likely = examine(block, at.probe.waiting, at.proof.waiting, (), self._shared[block])
         for lane in (at.probe, at.proof, *(() if self.recipe.propagate else at.calibration)):
             lane.step()
-        left = moved(self.ranks.first(lambda: self.journal.left_of(found.name)), self.source.device)
+        left = self.ranks.first(lambda: self.journal.left_of(found.name))
         found.smoothing, found.refined = left.smoothing, left.refined
         for key, tensor in left.changed.items():
             block.get_parameter(key).detach().copy_(tensor)
@@ -254,7 +253,7 @@ class Job:
         for lane in (at.smoothed, *at.originals):
             lane.step()
         if self.recipe.propagate:
-            held = moved(self.ranks.first(lambda: self.blocks.read_back(found)), self.source.device)
+            held = self.ranks.first(lambda: self.blocks.read_back(found))
             self._pass_on(found, self.blocks.put_back(found, held), at.calibration)
 
     def _pass_on(self, found: Findings, rounded: Sequence[Rounded], calibration: Sequence[Lane]) -> None:

@@ -11,8 +11,7 @@ from torch import Tensor
 from ..algorithms.search import Search
 from ..checkpoint import StreamedModel
 from ..checkpoint.layout import QuantizedLinear
-from ..cores import apart
-from ..device import CPU
+from ..cores import each_core
 from ..numerics import QuantizedTensor
 from ..plan import file_names
 from ..ranks import Ranks
@@ -40,10 +39,7 @@ class BlockWriter:
     @contextmanager
     def on_each_core(self) -> Iterator[None]:
         """Inside, linears are rounded one on each core, rather than each by all, while finished ones are written."""
-        if self.source.device != CPU:
-            yield
-            return
-        with apart() as cores:
+        with each_core(self.source.device) as cores:
             self._over = cores.map
             try:
                 yield
