@@ -45,6 +45,43 @@ def test_statistics_are_those_of_all_tokens_at_once(tokens: int, width: int, see
     torch.testing.assert_close(found.absmean, whole.abs().mean(0), rtol=1e-4, atol=1e-5)
 
 
+@given(st.integers(1, 300), st.integers(1, 9), st.integers(1, 40), st.integers(0, 9), st.integers(0, 2**16))
+@settings(max_examples=25, deadline=None)
+def test_the_sample_is_kept_apart_from_the_others(
+    tokens: int, per_batch: int, batches: int, width: int, seed: int
+) -> None:
+    x = (
+        torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed))
+        + torch.arange(tokens)[:, None]
+    )
+    collector = StatsCollector(per_batch)
+    for batch, part in enumerate(x.tensor_split(min(batches, tokens))):
+        collector.update(part, batch)
+    found = collector.stats("x")
+    is_sampled = (x[:, None] == found.sample).all(2).any(1)
+    assert 1 <= len(found.sample) <= per_batch * batches
+    assert width == 0 or int(is_sampled.sum()) == len(found.sample), "each token once"
+    if found.others is None:
+        assert len(found.sample) == tokens
+    elif width:
+        low, high = found.others
+        assert torch.equal(low, x[~is_sampled].amin(0))
+        assert torch.equal(high, x[~is_sampled].amax(0))
+        assert torch.equal(found.without_sample().absmax, x[~is_sampled].abs().amax(0))
+
+
+@pytest.mark.parametrize(("length", "per_batch"), [(64, 256), (512, 16), (512, 32), (100, 33)])
+def test_the_sample_has_first_tokens_as_often_as_others(length: int, per_batch: int) -> None:
+    rows, batches = max(1, 1024 // length), 32
+    positions = torch.arange(length).repeat(rows).unsqueeze(1).float()
+    collector = StatsCollector(per_batch)
+    for batch in range(batches):
+        collector.update(positions, batch)
+    sample = collector.stats("x").sample
+    early = int((sample < length // 16).sum()) / len(sample)
+    assert 0.5 < early * length / (length // 16) < 2
+
+
 SMALL = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
     "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import qlinear
+from qlinear.algorithms.ranges import SHARES
 from qlinear.calibrate import calibrate
 from qlinear.checkpoint.statistics import FORMS, Statistics, load_statistics
 from qlinear.errors import CheckpointError, NumericsError, QLinearError
@@ -185,6 +186,10 @@ def test_a_job_makes_the_same_codes_of_a_file_as_of_the_text(
     qlinear.quantize(folder, tmp_path / "a", scheme, calibration=ids)
     told = qlinear.quantize(folder, tmp_path / "b", scheme, stats=tmp_path / f"s{suffix}")
     expected, found = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    for name, tensor in expected.items():
+        if name.endswith("input_scale"):  # a file holds no sample, on which the share of the range was chosen
+            assert any(torch.allclose(tensor, found[name] * share) for share in SHARES)
+        else:
+            assert torch.equal(found[name], tensor)
     assert len(told.layers) > 0
     assert all(0 < layer.error < 0.1 for layer in told.layers), "without a sample, of the weight"

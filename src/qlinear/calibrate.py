@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
@@ -13,11 +13,14 @@ from .errors import NumericsError
 from .ranks import Ranks
 from .structure import Trace, Weight, watching
 
-SAMPLE_TOKENS = 256
+SAMPLE_TOKENS = 512
 # Columns of the second moments that are added to at once: only what stands on and right of the diagonal is computed.
 _PANEL = 512
 # Elements that stay in a core's cache while they are passed over several times.
 _CHUNK = 1 << 17
+_INF = float("inf")
+# Irrational, and so are their ratios: sums of multiples of them, modulo 1, are spread evenly over [0, 1).
+_SPREAD = (2**0.5, 3**0.5)
 _ALONE = Ranks()
 
 
@@ -30,7 +33,7 @@ class InputStats:
     """Statistics of what a weight reads, per input channel over all tokens: each (in,) float32.
 
     tokens: how many there were. sample: a few of them (n, in), for measuring errors. moment: the mean of x xᵀ (in, in)
-    float32, None unless it was asked for.
+    float32, None unless it was asked for. others: min and max of all tokens but the sample, None if there are none.
     """
 
     absmax: Tensor
@@ -41,11 +44,19 @@ class InputStats:
     tokens: int
     sample: Tensor
     moment: Tensor | None = None
+    others: tuple[Tensor, Tensor] | None = None
+
+    def without_sample(self) -> "InputStats":
+        """The same with the extremes of the other tokens, for choices that are made by the error on the sample."""
+        if self.others is None:
+            return self
+        low, high = self.others
+        return replace(self, min=low, max=high, absmax=torch.maximum(high, -low))
 
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """What one rank saw of an input: its extremes and sums (in,), the number of its tokens, and a few of them."""
+    """What one rank saw of an input: a few tokens, and of all others the extremes and sums (in,), and how many."""
 
     low: Tensor
     high: Tensor
@@ -60,16 +71,29 @@ class Gathered:
             self.abs_sum + other.abs_sum, self.tokens + other.tokens, torch.cat([self.sample, other.sample]),
         )  # fmt: skip
 
+    @property
+    def extremes(self) -> tuple[Tensor, Tensor]:
+        """The least and the greatest of all tokens (in,)."""
+        sample = self.sample.float()
+        return torch.minimum(self.low, sample.amin(0)), torch.maximum(self.high, sample.amax(0))
+
     def stats(self, moment: Tensor | None) -> InputStats:
         """The statistics; `moment` is the sum of x xᵀ, on and above the diagonal's blocks, which is used up."""
-        absmax = torch.maximum(self.high, -self.low)
-        mean, absmean = self.sum / self.tokens, self.abs_sum / self.tokens
-        whole = None if moment is None else _whole(moment.div_(self.tokens))
-        return InputStats(absmax, absmean, self.low, self.high, mean, self.tokens, self.sample, whole)
+        sample, tokens = self.sample.float(), self.tokens + len(self.sample)
+        low, high = self.extremes
+        absmax = torch.maximum(high, -low)
+        mean, absmean = ((self.sum + sample.sum(0)) / tokens, (self.abs_sum + sample.abs().sum(0)) / tokens)
+        whole = None if moment is None else _whole(moment.div_(tokens))
+        others = (self.low, self.high) if self.tokens else None
+        return InputStats(absmax, absmean, low, high, mean, tokens, self.sample, whole, others)
 
 
 class StatsCollector:
-    """Gathers `InputStats` from one batch of tokens after another."""
+    """Gathers `InputStats` from one batch of tokens after another.
+
+    A range that is chosen by the error on some tokens must not know how far those reach, or it would promise too much
+    for all that are still to come. So the sample, at most every other token, is kept apart from the rest.
+    """
 
     def __init__(self, sample_per_batch: int, second_moment: bool = False) -> None:
         self.tokens = 0
@@ -79,24 +103,38 @@ class StatsCollector:
         self._samples: list[Tensor] = []
         self._low = self._high = self._sum = self._abs_sum = torch.zeros(())
 
-    def update(self, x: Tensor) -> None:
-        """Take in x (tokens, in), any float dtype."""
+    def update(self, x: Tensor, batch: int = 0) -> None:
+        """Take in x (tokens, in), any float dtype, of a batch: where its sample begins depends on which that is."""
         if x.shape[0] == 0:
             return
-        for rows in torch.split(x, max(1, _CHUNK // max(1, x.shape[1]))):
-            self._add(rows.float())
+        if not self.tokens:
+            self._sum, self._abs_sum = torch.zeros(2, x.shape[1], device=x.device)
+            self._low, self._high = self._sum + _INF, self._sum - _INF
         self.tokens += x.shape[0]
         if self._second_moment:
             self._add_moment(x.float())
-        step = max(1, x.shape[0] // self._sample_per_batch)
-        self._samples.append(x[::step][: self._sample_per_batch].clone())
+        is_sampled = self._choice(x.shape[0], batch).to(x.device)
+        self._samples.append(x[is_sampled])
+        rows = max(1, _CHUNK // max(1, x.shape[1]))
+        for part, sampled in zip(torch.split(x, rows), torch.split(is_sampled, rows), strict=True):
+            self._add(part[~sampled].float())
+
+    def _choice(self, tokens: int, batch: int) -> Tensor:
+        """Which tokens of a batch are the sample: one of each run of so many, now an early one, now a late. Evenly
+        spaced, they would be the first of every sequence, which are unlike all others, or none of them."""
+        step = max(2, tokens // self._sample_per_batch)
+        run = torch.arange(max(1, min(self._sample_per_batch, tokens // step)), dtype=torch.float64)
+        within = (run * _SPREAD[0] + batch * _SPREAD[1]) % 1 * step
+        is_sampled = torch.zeros(tokens, dtype=torch.bool)
+        is_sampled[(run * step + within).long().clamp(max=tokens - 1)] = True
+        return is_sampled
 
     def _add(self, x: Tensor) -> None:
-        low, high, total, magnitude = x.amin(0), x.amax(0), x.sum(0), x.abs().sum(0)
-        if self._low.dim():
-            low, high = torch.minimum(low, self._low), torch.maximum(high, self._high)
-            total, magnitude = total + self._sum, magnitude + self._abs_sum
-        self._low, self._high, self._sum, self._abs_sum = low, high, total, magnitude
+        if len(x):
+            torch.minimum(self._low, x.amin(0), out=self._low)
+            torch.maximum(self._high, x.amax(0), out=self._high)
+            self._sum += x.sum(0)
+            self._abs_sum += x.abs().sum(0)
 
     def _add_moment(self, x: Tensor) -> None:
         """Add xᵀ x, on and above the diagonal's blocks."""
@@ -108,16 +146,16 @@ class StatsCollector:
 
     def gathered(self, name: str) -> Gathered:
         """What was gathered. Raises NumericsError, with the weight's name, if there was NaN or infinity."""
-        absmax = torch.maximum(self._high, -self._low)
-        if not bool(torch.isfinite(absmax).all()):
-            bad = int((~torch.isfinite(absmax)).sum())
+        sample = torch.cat(self._samples)
+        others = self.tokens - len(sample)
+        seen = Gathered(self._low, self._high, self._sum, self._abs_sum, others, sample)
+        finite = torch.isfinite(torch.stack(seen.extremes)).all(0)
+        if not bool(finite.all()):
             raise NumericsError(
-                f"the input of {name} reached NaN or infinity in {bad} of {absmax.numel()} channels during "
-                "calibration: run it in a wider dtype with --dtype float32"
+                f"the input of {name} reached NaN or infinity in {int((~finite).sum())} of {len(finite)} channels "
+                "during calibration: run it in a wider dtype with --dtype float32"
             )
-        return Gathered(
-            self._low, self._high, self._sum, self._abs_sum, self.tokens, torch.cat(self._samples)
-        )
+        return seen
 
     def stats(self, name: str) -> InputStats:
         """The statistics, where nobody else saw tokens; nothing can be taken in afterwards. Raises NumericsError."""
@@ -153,21 +191,24 @@ def calibrate(
     """
     source = {p.weight: p.source for p in reversed(trace.products)}
     measured = {key: weight for weight, key in source.items()}
-    per_batch = -(-SAMPLE_TOKENS // max(1, sum(ranks.each(lambda: len(lanes)))))
+    batches = ranks.each(lambda: len(lanes))
+    per_batch, first = -(-SAMPLE_TOKENS // max(1, sum(batches))), sum(batches[: ranks.rank])
     collectors = {weight: StatsCollector(per_batch, second_moments) for weight in measured.values()}
-    last = None if advance else _last(block, trace)
+    last, batch = None if advance else _last(block, trace), first
 
     def note(weight: Weight, x: Tensor) -> None:
         if weight not in source:  # an expert that no token of the trace has reached
             collectors.setdefault(weight, StatsCollector(per_batch, second_moments))
         if weight in collectors:
-            collectors[weight].update(x)
+            collectors[weight].update(x, batch)
         if weight == last:
             raise _Enough
 
     def gather() -> dict[Weight, Gathered]:
+        nonlocal batch
         with watching(block, note), torch.no_grad():
             for lane in lanes:
+                batch += 1
                 if advance:
                     lane.step()
                 else:

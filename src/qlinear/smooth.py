@@ -9,7 +9,7 @@ that made the channel. Where none can, `s` stays with the layer as its migration
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -208,6 +208,10 @@ class GroupStatistics:
             _per_channel(group, largest),
             _mean_per_channel(group, matrices, group_size),
         )
+
+    def reaching(self, group: InputGroup, absmax: Mapping[Weight, Tensor]) -> "GroupStatistics":
+        """The same with another absmax (in,) of the weights that saw tokens."""
+        return replace(self, absmax=_per_channel(group, absmax) if absmax else None)
 
     def scale(self, alpha: float = 0.5, form: Literal["absmax", "mean", "awq"] = "absmax") -> Tensor:
         """s = a^alpha / w^(1 - alpha). form: absmax of both; absmax and the mean; or AWQ's two means, normalised."""

@@ -7,6 +7,7 @@ alpha    smoothing chosen for each group by its output error
 descent  codes and scales of GPTQ, moved on to where the error is least
 columns  what these two share
 grid     scales of least error, for the others
+ranges   how much of its range a static input is given
 search   the sweep that alpha and awq share
 group    what they work on
 """
@@ -15,6 +16,7 @@ from .alpha import search_alpha
 from .awq import clip, search_scale
 from .gptq import gptq
 from .group import Group
+from .ranges import narrowed
 from .rtn import round_to_nearest
 
-__all__ = ["Group", "clip", "gptq", "round_to_nearest", "search_alpha", "search_scale"]
+__all__ = ["Group", "clip", "gptq", "narrowed", "round_to_nearest", "search_alpha", "search_scale"]

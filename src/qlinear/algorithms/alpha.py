@@ -20,13 +20,13 @@ def search_alpha(
     scales_at: Callable[[Point], Sequence[Tensor]] | None = None,
     points: Sequence[Point] = POINTS,
     ratios: tuple[float, ...] = (1.0,),
+    of_others: Callable[[Point], Sequence[Tensor]] | None = None,
 ) -> Search:
     """The alpha and weight statistic of least output error; never worse on the sample than alpha 0.5 is.
 
     groups: the weights that share a smoothing vector, by the tensors they read. scales_at: a point to each group's s
-    (in,); `search.scale_at` if None. ratios: `grid.RATIOS` where weights will be rounded on a searched grid. Raises
-    NumericsError, naming the weight, on NaN or infinity.
+    (in,); `search.scale_at` if None. ratios: `grid.RATIOS` where weights will be rounded on a searched grid.
+    of_others: see `search`. Raises NumericsError, naming the weight, on NaN or infinity.
     """
-    return search(
-        groups, scales_at or (lambda p: [scale_at(group, p) for group in groups]), points, DEFAULT, ratios
-    )
+    scales_at = scales_at or (lambda p: [scale_at(group, p) for group in groups])
+    return search(groups, scales_at, points, DEFAULT, ratios, of_others)

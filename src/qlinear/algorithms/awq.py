@@ -27,15 +27,15 @@ def search_scale(
     groups: Sequence[Group],
     scales_at: Callable[[Point], Sequence[Tensor]] | None = None,
     points: Sequence[Point] = POINTS,
+    of_others: Callable[[Point], Sequence[Tensor]] | None = None,
 ) -> Search:
     """AWQ's alpha of least output error; s = 1, which leaves the group alone, unless some alpha is better.
 
-    groups, scales_at: as for `search_alpha`. Weights are rounded with the ends of their ranges free to move by half a
-    step, as `clip` will at least do. Raises NumericsError, naming the weight, on NaN or infinity.
+    groups, scales_at, of_others: as for `search_alpha`. Weights are rounded with the ends of their ranges free to move
+    by half a step, as `clip` will at least do. Raises NumericsError, naming the weight, on NaN or infinity.
     """
-    return search(
-        groups, scales_at or (lambda p: [scale_at(group, p) for group in groups]), points, OFF, ENDS
-    )
+    scales_at = scales_at or (lambda p: [scale_at(group, p) for group in groups])
+    return search(groups, scales_at, points, OFF, ENDS, of_others)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,8 @@ class Group:
 
     weights: by name, each (out_i, in). low, high, absmean: (in,), the least, the greatest and the mean magnitude of
     each channel of x. sample: some tokens of x (n, in). moment: the mean of x xᵀ over all tokens (in, in), None where
-    no algorithm asks for it. scale_dtype: what the weights' scales are rounded to before codes are chosen.
+    no algorithm asks for it. scale_dtype: what the weights' scales are rounded to before codes are chosen. others: low
+    and high of all tokens but the sample, None if there are none.
     """
 
     weights: Mapping[str, Tensor]
@@ -31,6 +32,7 @@ class Group:
     sample: Tensor
     moment: Tensor | None = None
     scale_dtype: torch.dtype = torch.float32
+    others: tuple[Tensor, Tensor] | None = None
 
     @property
     def absmax(self) -> Tensor:
@@ -39,11 +41,12 @@ class Group:
 
     def divided(self, s: Tensor) -> "Group":
         """The group with x divided by s (in,), and its weights left as they are: they hold s already."""
-        ends = self.low / s, self.high / s
+        low, high = _divided(self.low, self.high, s)
         return replace(
             self,
-            low=torch.minimum(*ends),
-            high=torch.maximum(*ends),
+            low=low,
+            high=high,
+            others=None if self.others is None else _divided(*self.others, s),
             absmean=self.absmean / s.abs(),
             sample=self.sample / s,
             moment=None if self.moment is None else self.moment / s / s.unsqueeze(-1),
@@ -53,6 +56,10 @@ class Group:
         """The same group after x is divided by s (in,) and the columns of its weights are multiplied by it."""
         weights = {name: weight * s for name, weight in self.weights.items()}
         return replace(self.divided(s), weights=weights)
+
+    def without_sample(self) -> "Group":
+        """The group as the other tokens have it: what a choice may know that is made by the error on the sample."""
+        return self if self.others is None else replace(self, low=self.others[0], high=self.others[1])
 
     def quantized_sample(self) -> Tensor:
         """The sample (n, in) as the layer will see it: through the codes of the scheme's activations, if it has any."""
@@ -64,3 +71,8 @@ class Group:
         else:
             scale, zero_point = qparams_from_range(self.low.min().view(1), self.high.max().view(1), fmt)
         return dequantize(quantize(self.sample, scale, zero_point, fmt), scale, zero_point, fmt)
+
+
+def _divided(low: Tensor, high: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """A range, each channel of it divided by s (in,), which may be negative."""
+    return torch.minimum(low / s, high / s), torch.maximum(low / s, high / s)

@@ -4,8 +4,8 @@
 
 Q and A round the weights and the activations as they will be rounded; the sum is over all weights that share s, on a
 fixed sample of tokens. s comes from a family with one parameter (`Point`), so a grid of points is all that is tried.
-The sweep looks at an even choice of each weight's rows: rows are rounded one by one, and a few hundred tell the
-points apart. The winner and the default are then compared on all of them.
+The sweep looks at an even choice of each weight's rows and of the tokens: a few hundred tell the points apart. The
+winner and the default are then compared on all of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,8 +22,8 @@ from .group import Group
 
 Form = Literal["off", "absmax", "mean", "awq"]
 
-# Rows of each weight that the sweep looks at.
-_ROWS = 512
+# Rows of each weight, and tokens, that the sweep looks at.
+_ROWS, _TOKENS = 512, 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +73,19 @@ def search(
     points: Sequence[Point],
     default: Point,
     ratios: tuple[float, ...] = (1.0,),
+    of_others: Callable[[Point], Sequence[Tensor]] | None = None,
 ) -> Search:
     """The point of least output error; the default unless another is better on all rows.
 
+    The sweep knows the ranges of all tokens but the sample: what is served will meet tokens that it was not made of.
+
     groups: all that share one vector; usually one, but experts read their own tokens each. scales_at: a point to each
     group's own s (in,), the same vector as its input channels see it. default: tried besides `points`. ratios: the
-    ranges that a tile of a weight may choose from (`grid`): (1.0,) where weights will be rounded to nearest.
+    ranges that a tile of a weight may choose from (`grid`): (1.0,) where weights will be rounded to nearest. of_others:
+    as scales_at, of the other tokens' ranges; the same if None.
     """
-    thin = Objective.of([_thinned(group) for group in groups], ratios)
-    curve = tuple((point, thin.error(scales_at(point))) for point in dict.fromkeys([default, *points]))
+    thin, thin_scales_at = Objective.of([_thinned(group) for group in groups], ratios), of_others or scales_at
+    curve = tuple((point, thin.error(thin_scales_at(point))) for point in dict.fromkeys([default, *points]))
     best = min(curve, key=lambda entry: entry[1])[0]
     whole = Objective.of(groups, ratios)
     default_error = whole.error(scales_at(default))
@@ -126,7 +130,8 @@ class Objective:
 
 
 def _thinned(group: Group) -> Group:
-    """The group with at most `_ROWS` rows of each weight; all of them where rows share their scales."""
+    """As the sweep has the group: at most `_TOKENS` tokens and `_ROWS` rows of each weight, where rows stand alone."""
+    group = replace(group.without_sample(), sample=group.sample[:: max(1, -(-len(group.sample) // _TOKENS))])
     if group.scheme.weight.granularity in ("tensor", "block"):
         return group
     thin = {name: w[:: -(-w.shape[0] // _ROWS)].contiguous() for name, w in group.weights.items()}

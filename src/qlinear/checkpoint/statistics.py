@@ -233,8 +233,8 @@ def _checked(name: str, vectors: Mapping[str, Tensor], tokens: int, path: Path) 
             raise DataError(
                 f"{path} holds absmax of {width} channels but {form} of {len(vector)} for {name}: calibrate again"
             )
-    floats = {form: vector.float() for form, vector in vectors.items()}
-    return InputStats(**floats, tokens=tokens, sample=torch.empty(0, width))
+    absmax, absmean, low, high, mean = (vectors[form].float() for form in FORMS)
+    return InputStats(absmax, absmean, low, high, mean, tokens, sample=torch.empty(0, width))
 
 
 def merged(a: InputStats, b: InputStats) -> InputStats:

@@ -3,10 +3,9 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
-from ..algorithms import clip, gptq, round_to_nearest
+from ..algorithms import clip, gptq, narrowed, round_to_nearest
 from ..algorithms.group import Group
 from ..calibrate import InputStats
 from ..checkpoint.layout import QuantizedLinear, scale_dtype
@@ -16,8 +15,6 @@ from ..scheme import Scheme, TensorFormat
 from ..structure import Weight
 from .recipe import Algorithm, Findings, Recipe
 
-# Shares of a static input's range to choose from.
-_RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 # Tokens and rows that a linear's error is measured on, evenly spread. It is a norm: more would cost, and tell no more.
 _TOKENS, _ROWS = 64, 512
 
@@ -53,7 +50,7 @@ def _group(found: Findings, members: Sequence[Weight], scheme: Scheme, stats: In
     return Group(
         {found.full_name(weight) + _slice(weight): found.matrix(weight) for weight in members},
         scheme, stats.min, stats.max, stats.absmean, stats.sample.float(), stats.moment,
-        scale_dtype(scheme, found.stored_dtype(members[0].name)),
+        scale_dtype(scheme, found.stored_dtype(members[0].name)), stats.others,
     )  # fmt: skip
 
 
@@ -116,26 +113,6 @@ def _round_unit(
             group.scheme, quantized, group.scale_dtype, *inputs, found.smoothing.migration.get(weight)
         )
         yield Rounded(weight, held, error, rtn_error, note)
-
-
-def narrowed(group: Group) -> Group:
-    """The group with the range of its static input narrowed to where its outputs lose least on the sample.
-
-    One scale serves all tokens: a range that holds the rarest value makes coarse steps for all others. Both ends are
-    narrowed alike, so that zero stays where it is.
-    """
-    exact = [group.sample @ matrix.T for matrix in group.weights.values()]
-    best, least = group, float("inf")
-    for ratio in _RATIOS:
-        tried = replace(group, low=group.low * ratio, high=group.high * ratio)
-        x = tried.quantized_sample()
-        error = sum(
-            float(torch.addmm(y, x, matrix.T, beta=-1).square_().sum())
-            for y, matrix in zip(exact, group.weights.values(), strict=True)
-        )
-        if error < least:
-            best, least = tried, error
-    return best
 
 
 def _evenly(count: int, most: int) -> slice:

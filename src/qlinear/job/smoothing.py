@@ -5,6 +5,7 @@ so what the linear itself needs. The other way round nothing depends on anything
 """
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,8 +13,8 @@ from torch import Tensor
 from ..algorithms import search_alpha, search_scale
 from ..algorithms.grid import ENDS
 from ..algorithms.group import Group
-from ..algorithms.search import Point, Search
-from ..calibrate import absmax_of
+from ..algorithms.search import DEFAULT, Point, Search
+from ..calibrate import InputStats, absmax_of
 from ..smooth import GroupStatistics, group_scale, turned
 from ..structure import InputGroup, Weight
 from .recipe import Findings, Recipe
@@ -52,7 +53,8 @@ def _vector(found: Findings, group: InputGroup, recipe: Recipe) -> Tensor | None
     """The vector of a group, from its weights as they are by now; None where the search says to leave it alone."""
     assert recipe.smooth is not None
     matrices = {weight: found.matrix(weight) for weight in group.weights}
-    signs, reach = _reach(found, group, matrices, recipe)
+    stats = {weight: found.stats[weight] for weight in group.weights if weight in found.stats}
+    signs, reach = _reach(found, group, matrices, stats, recipe)
     if not isinstance(recipe.smooth, str):
         return group_scale(group, matrices, reach, recipe.smooth) * signs
     quantized = [weight for weight in group.weights if found.full_name(weight) in recipe.schemes]
@@ -60,11 +62,14 @@ def _vector(found: Findings, group: InputGroup, recipe: Recipe) -> Tensor | None
         return None
     readers = grouped(found, quantized, recipe)
     if not readers:
-        return group_scale(group, matrices, reach, 0.5) * signs
-    absmean = {w: found.stats[w].absmean for w in reach}
+        return group_scale(group, matrices, reach, DEFAULT.alpha) * signs
+    absmean = {weight: each.absmean for weight, each in stats.items()}
     size = readers[0][1].scheme.weight.group_size
     statistics = GroupStatistics.of(group, matrices, reach, absmean, size)
-    search = _searched(group, readers, statistics, signs, recipe)
+    others = {weight: each.without_sample() for weight, each in stats.items()}
+    other_signs, other_reach = _reach(found, group, matrices, others, recipe)
+    of_others = statistics.reaching(group, other_reach)
+    search = _searched(group, readers, ((statistics, signs), (of_others, other_signs)), recipe)
     found.searches.update(dict.fromkeys(group.weights, search))
     if search.point.form == "off":
         return None
@@ -72,39 +77,47 @@ def _vector(found: Findings, group: InputGroup, recipe: Recipe) -> Tensor | None
 
 
 def _reach(
-    found: Findings, group: InputGroup, matrices: Mapping[Weight, Tensor], recipe: Recipe
+    found: Findings,
+    group: InputGroup,
+    matrices: Mapping[Weight, Tensor],
+    stats: Mapping[Weight, InputStats],
+    recipe: Recipe,
 ) -> tuple[Tensor, dict[Weight, Tensor]]:
     """Signs for a group's vector, and how far its inputs reach (in,): their absmax, unless channels may be turned."""
-    absmax = absmax_of(found.stats, group.weights)
+    absmax = absmax_of(stats, group.weights)
     schemes = [recipe.schemes[name] for w in group.weights if (name := found.full_name(w)) in recipe.schemes]
     is_lopsided = bool(schemes) and all(scheme.is_lopsided for scheme in schemes)
     if not (is_lopsided and absmax and group.fold in found.reversible):
         return torch.ones(()), absmax
-    ends = [{weight: getattr(found.stats[weight], end) for weight in absmax} for end in ("min", "max")]
+    ends = [{weight: getattr(stats[weight], end) for weight in absmax} for end in ("min", "max")]
     return turned(group, matrices, *ends)
 
 
 def _searched(
     group: InputGroup,
     readers: list[tuple[list[Weight], Group]],
-    statistics: GroupStatistics,
-    signs: Tensor,
+    families: tuple[tuple[GroupStatistics, Tensor], tuple[GroupStatistics, Tensor]],
     recipe: Recipe,
 ) -> Search:
-    """The best point for all that read the group's tensors."""
+    """The best point for all that read the group's tensors.
 
-    def scales_at(point: Point) -> list[Tensor]:
+    families: statistics and signs of all tokens, and of all but the sample.
+    """
+
+    def scales_at(family: tuple[GroupStatistics, Tensor], point: Point) -> list[Tensor]:
         if point.form == "off":
             return [torch.ones_like(reader.low) for _, reader in readers]
+        statistics, signs = family
         s = statistics.scale(point.alpha, point.form) * signs
         return [_as_seen_by(weights[0], group, s) for weights, _ in readers]
 
     groups = [reader for _, reader in readers]
+    of_all, of_others = (partial(scales_at, family) for family in families)
     if recipe.smooth == "awq":
-        return search_scale(groups, scales_at)
+        return search_scale(groups, of_all, of_others=of_others)
     # 4-bit weights are rounded on a grid whose ends may move, whatever the algorithm: see `grid`.
     moves = recipe.algorithm != "rtn" and groups[0].scheme.weight.bits == 4
-    return search_alpha(groups, scales_at, ratios=ENDS if moves else (1.0,))
+    return search_alpha(groups, of_all, ratios=ENDS if moves else (1.0,), of_others=of_others)
 
 
 def _as_seen_by(weight: Weight, group: InputGroup, s: Tensor) -> Tensor:
