@@ -19,6 +19,8 @@ from ..blocks import copied
 from .observe import Operands, Watch, Weight
 
 _TOPK = {torch.topk, Tensor.topk}
+# What most arguments are that hold no tensor.
+_NO_TENSORS = (int, float, str, torch.dtype, torch.device, type(None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +115,9 @@ class _Experiment(Watch):
         out = func(*args, **kwargs)
         if func in _TOPK:
             out = _routed(args[0] if args else kwargs["input"], out, args, kwargs)
-        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        made = _tensors(out)
         self.made += [weakref.ref(t) for t in made]
-        self._origins.follow(_tensors((args, kwargs)), made or _tensors(args[:1]))
+        self._origins.follow(_tensors((args, *kwargs.values())), made or _tensors(args[:1]))
         return out
 
     def _product(
@@ -197,6 +199,13 @@ def _held(args: Any, kwargs: Any) -> set[int]:
 
 
 def _tensors(tree: Any) -> list[Tensor]:
+    """The tensors in a function's arguments or results; pytree alone would take as long as many a function."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, _NO_TENSORS):
+        return []
+    if isinstance(tree, (tuple, list)):
+        return [tensor for each in tree for tensor in _tensors(each)]
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
