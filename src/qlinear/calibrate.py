@@ -1,7 +1,7 @@
 """Running a block over the calibration set once, and what is remembered of the inputs of its weights."""
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -33,7 +33,7 @@ class InputStats:
     """Statistics of what a weight reads, per input channel over all tokens: each (in,) float32.
 
     tokens: how many there were. sample: a few of them (n, in), for measuring errors. moment: the mean of x xᵀ (in, in)
-    float32, None unless it was asked for. others: min and max of all tokens but the sample, None if there are none.
+    float32, None unless it was asked for. others: min and max of tokens apart from the sample, None if there are none.
     """
 
     absmax: Tensor
@@ -56,7 +56,8 @@ class InputStats:
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """What one rank saw of an input: a few tokens, and of all others the extremes and sums (in,), and how many."""
+    """What one rank saw of an input: extremes and sums (in,), the number of its tokens, a few of them, and the extremes
+    of those that are apart from these, infinite if there are none."""
 
     low: Tensor
     high: Tensor
@@ -64,35 +65,33 @@ class Gathered:
     abs_sum: Tensor
     tokens: int
     sample: Tensor
+    other_low: Tensor
+    other_high: Tensor
 
     def __add__(self, other: "Gathered") -> "Gathered":
         return Gathered(
             torch.minimum(self.low, other.low), torch.maximum(self.high, other.high), self.sum + other.sum,
             self.abs_sum + other.abs_sum, self.tokens + other.tokens, torch.cat([self.sample, other.sample]),
+            torch.minimum(self.other_low, other.other_low), torch.maximum(self.other_high, other.other_high),
         )  # fmt: skip
-
-    @property
-    def extremes(self) -> tuple[Tensor, Tensor]:
-        """The least and the greatest of all tokens (in,)."""
-        sample = self.sample.float()
-        return torch.minimum(self.low, sample.amin(0)), torch.maximum(self.high, sample.amax(0))
 
     def stats(self, moment: Tensor | None) -> InputStats:
         """The statistics; `moment` is the sum of x xᵀ, on and above the diagonal's blocks, which is used up."""
-        sample, tokens = self.sample.float(), self.tokens + len(self.sample)
-        low, high = self.extremes
-        absmax = torch.maximum(high, -low)
-        mean, absmean = ((self.sum + sample.sum(0)) / tokens, (self.abs_sum + sample.abs().sum(0)) / tokens)
-        whole = None if moment is None else _whole(moment.div_(tokens))
-        others = (self.low, self.high) if self.tokens else None
-        return InputStats(absmax, absmean, low, high, mean, tokens, self.sample, whole, others)
+        absmax = torch.maximum(self.high, -self.low)
+        mean, absmean = self.sum / self.tokens, self.abs_sum / self.tokens
+        whole = None if moment is None else _whole(moment.div_(self.tokens))
+        others = (
+            (self.other_low, self.other_high) if bool((self.other_low <= self.other_high).all()) else None
+        )
+        return InputStats(absmax, absmean, self.low, self.high, mean, self.tokens, self.sample, whole, others)
 
 
 class StatsCollector:
     """Gathers `InputStats` from one batch of tokens after another.
 
     A range that is chosen by the error on some tokens must not know how far those reach, or it would promise too much
-    for all that are still to come. So the sample, at most every other token, is kept apart from the rest.
+    for all that are still to come. So the sample is from the second half of each batch, and the ranges apart from it
+    are those of the first: tokens of one sequence are alike, and a batch is mostly several.
     """
 
     def __init__(self, sample_per_batch: int, second_moment: bool = False) -> None:
@@ -101,40 +100,42 @@ class StatsCollector:
         self._second_moment = second_moment
         self._sample_per_batch = sample_per_batch
         self._samples: list[Tensor] = []
-        self._low = self._high = self._sum = self._abs_sum = torch.zeros(())
+        self._sums = self._extremes = self._others = torch.zeros(2, 0)
 
     def update(self, x: Tensor, batch: int = 0) -> None:
         """Take in x (tokens, in), any float dtype, of a batch: where its sample begins depends on which that is."""
         if x.shape[0] == 0:
             return
         if not self.tokens:
-            self._sum, self._abs_sum = torch.zeros(2, x.shape[1], device=x.device)
-            self._low, self._high = self._sum + _INF, self._sum - _INF
+            self._sums = torch.zeros(2, x.shape[1], device=x.device)
+            self._extremes, self._others = (
+                torch.full_like(self._sums, _INF),
+                torch.full_like(self._sums, _INF),
+            )
         self.tokens += x.shape[0]
         if self._second_moment:
             self._add_moment(x.float())
-        is_sampled = self._choice(x.shape[0], batch).to(x.device)
-        self._samples.append(x[is_sampled])
-        rows = max(1, _CHUNK // max(1, x.shape[1]))
-        for part, sampled in zip(torch.split(x, rows), torch.split(is_sampled, rows), strict=True):
-            self._add(part[~sampled].float())
+        first, second = x[: x.shape[0] // 2], x[x.shape[0] // 2 :]
+        for rows in _chunks(first):
+            torch.minimum(self._others, self._add(rows), out=self._others)
+        for rows in _chunks(second):
+            self._add(rows)
+        self._samples.append(second[self._choice(len(second), batch).to(x.device)])
 
     def _choice(self, tokens: int, batch: int) -> Tensor:
-        """Which tokens of a batch are the sample: one of each run of so many, now an early one, now a late. Evenly
-        spaced, they would be the first of every sequence, which are unlike all others, or none of them."""
-        step = max(2, tokens // self._sample_per_batch)
-        run = torch.arange(max(1, min(self._sample_per_batch, tokens // step)), dtype=torch.float64)
+        """Which of so many tokens are the sample: one of each run of some, now an early one, now a late. Evenly spaced,
+        they would be the first of every sequence, which are unlike all others, or none of them."""
+        step = max(1, tokens // self._sample_per_batch)
+        run = torch.arange(min(self._sample_per_batch, tokens // step), dtype=torch.float64)
         within = (run * _SPREAD[0] + batch * _SPREAD[1]) % 1 * step
-        is_sampled = torch.zeros(tokens, dtype=torch.bool)
-        is_sampled[(run * step + within).long().clamp(max=tokens - 1)] = True
-        return is_sampled
+        return (run * step + within).long()
 
-    def _add(self, x: Tensor) -> None:
-        if len(x):
-            torch.minimum(self._low, x.amin(0), out=self._low)
-            torch.maximum(self._high, x.amax(0), out=self._high)
-            self._sum += x.sum(0)
-            self._abs_sum += x.abs().sum(0)
+    def _add(self, x: Tensor) -> Tensor:
+        """Add rows x; returns their extremes (2, in): the least, and the greatest negated."""
+        ends = torch.stack([x.amin(0), -x.amax(0)])
+        torch.minimum(self._extremes, ends, out=self._extremes)
+        self._sums += torch.stack([x.sum(0), x.abs().sum(0)])
+        return ends
 
     def _add_moment(self, x: Tensor) -> None:
         """Add xᵀ x, on and above the diagonal's blocks."""
@@ -146,20 +147,25 @@ class StatsCollector:
 
     def gathered(self, name: str) -> Gathered:
         """What was gathered. Raises NumericsError, with the weight's name, if there was NaN or infinity."""
-        sample = torch.cat(self._samples)
-        others = self.tokens - len(sample)
-        seen = Gathered(self._low, self._high, self._sum, self._abs_sum, others, sample)
-        finite = torch.isfinite(torch.stack(seen.extremes)).all(0)
+        finite = torch.isfinite(self._extremes).all(0)
         if not bool(finite.all()):
             raise NumericsError(
                 f"the input of {name} reached NaN or infinity in {int((~finite).sum())} of {len(finite)} channels "
                 "during calibration: run it in a wider dtype with --dtype float32"
             )
-        return seen
+        (low, high), (other_low, other_high), (total, magnitude) = self._extremes, self._others, self._sums
+        sample = torch.cat(self._samples)
+        return Gathered(low, -high, total, magnitude, self.tokens, sample, other_low, -other_high)
 
     def stats(self, name: str) -> InputStats:
         """The statistics, where nobody else saw tokens; nothing can be taken in afterwards. Raises NumericsError."""
         return self.gathered(name).stats(self.moment)
+
+
+def _chunks(x: Tensor) -> Iterator[Tensor]:
+    """Rows of x (tokens, in) that fit a core's cache, float32."""
+    if len(x):
+        yield from (rows.float() for rows in torch.split(x, max(1, _CHUNK // max(1, x.shape[1]))))
 
 
 def _whole(moment: Tensor) -> Tensor:

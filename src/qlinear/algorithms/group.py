@@ -21,7 +21,7 @@ class Group:
     weights: by name, each (out_i, in). low, high, absmean: (in,), the least, the greatest and the mean magnitude of
     each channel of x. sample: some tokens of x (n, in). moment: the mean of x xᵀ over all tokens (in, in), None where
     no algorithm asks for it. scale_dtype: what the weights' scales are rounded to before codes are chosen. others: low
-    and high of all tokens but the sample, None if there are none.
+    and high of tokens apart from the sample, None if there are none.
     """
 
     weights: Mapping[str, Tensor]
