@@ -5,7 +5,7 @@ few tokens showed cuts off what others will. So shares of it are tried, both end
 
     minimise over r   Σ_W |x Wᵀ - A_r(x) Wᵀ|²       A_r rounds with r times the range
 
-The sum is over a sample of tokens, and the range is that of all others: the range of the sample itself would cut off
+The sum is over a sample of tokens, and the range is that of other sequences: that of the sample itself would cut off
 nothing of it. The share that was found is then one of the range of all tokens.
 """
 

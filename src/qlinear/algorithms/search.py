@@ -77,7 +77,7 @@ def search(
 ) -> Search:
     """The point of least output error; the default unless another is better on all rows.
 
-    The sweep knows the ranges of all tokens but the sample: what is served will meet tokens that it was not made of.
+    The sweep knows the ranges of other tokens than the sample: what is served will meet tokens that it was not made of.
 
     groups: all that share one vector; usually one, but experts read their own tokens each. scales_at: a point to each
     group's own s (in,), the same vector as its input channels see it. default: tried besides `points`. ratios: the
