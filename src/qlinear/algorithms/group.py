@@ -75,4 +75,5 @@ class Group:
 
 def _divided(low: Tensor, high: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """A range, each channel of it divided by s (in,), which may be negative."""
-    return torch.minimum(low / s, high / s), torch.maximum(low / s, high / s)
+    ends = low / s, high / s
+    return torch.minimum(*ends), torch.maximum(*ends)

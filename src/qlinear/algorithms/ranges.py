@@ -23,6 +23,8 @@ SHARES = (1.0, 0.9, 1.1, 0.8, 1.2, 0.7, 1.4, 0.6, 1.6, 0.5, 2.0, 0.4, 0.3, 0.2)
 def narrowed(group: Group) -> Group:
     """The group with the range of its static input narrowed to where its outputs lose least, or widened: no further
     than what is lost on the sample differs by more than chance, one standard error over its tokens."""
+    if len(group.sample) < 2:
+        return group
     others, exact = group.without_sample(), [group.sample @ matrix.T for matrix in group.weights.values()]
 
     def lost(share: float) -> Tensor:
@@ -33,8 +35,6 @@ def narrowed(group: Group) -> Group:
         )
         return torch.stack(list(each)).sum(0)
 
-    if len(group.sample) < 2:
-        return group
     lost_by_token = torch.stack([lost(share) for share in SHARES])
     more = lost_by_token - lost_by_token[lost_by_token.sum(1).argmin()]
     by_chance = more.mean(1) <= more.std(1) / len(group.sample) ** 0.5

@@ -101,7 +101,7 @@ def _searched(
 ) -> Search:
     """The best point for all that read the group's tensors.
 
-    families: statistics and signs of all tokens, and of all but the sample.
+    families: statistics and signs of all tokens, and of those apart from the sample.
     """
 
     def scales_at(family: tuple[GroupStatistics, Tensor], point: Point) -> list[Tensor]:
