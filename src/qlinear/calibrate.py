@@ -1,7 +1,7 @@
 """Running a block over the calibration set once, and what is remembered of the inputs of its weights."""
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -79,7 +79,7 @@ class Gathered:
         """The statistics; `moment` is the sum of x xᵀ, on and above the diagonal's blocks, which is used up."""
         absmax = torch.maximum(self.high, -self.low)
         mean, absmean = self.sum / self.tokens, self.abs_sum / self.tokens
-        whole = None if moment is None else _whole(moment.div_(self.tokens))
+        whole = None if moment is None else mirrored(moment.div_(self.tokens))
         others = (
             (self.other_low, self.other_high) if bool((self.other_low <= self.other_high).all()) else None
         )
@@ -141,9 +141,7 @@ class StatsCollector:
         """Add xᵀ x, on and above the diagonal's blocks."""
         if self.moment is None:
             self.moment = x.new_zeros(x.shape[1], x.shape[1])
-        for start in range(0, x.shape[1], _PANEL):
-            panel = self.moment[start : start + _PANEL, start:]
-            panel.addmm_(x[:, start : start + _PANEL].T, x[:, start:])
+        add_products(self.moment, x)
 
     def gathered(self, name: str) -> Gathered:
         """What was gathered. Raises NumericsError, with the weight's name, if there was NaN or infinity."""
@@ -168,8 +166,15 @@ def _chunks(x: Tensor) -> Iterator[Tensor]:
         yield from (rows.float() for rows in torch.split(x, max(1, _CHUNK // max(1, x.shape[1]))))
 
 
-def _whole(moment: Tensor) -> Tensor:
-    """Mirror what is above the diagonal of a symmetric matrix to below it, in place."""
+def add_products(moment: Tensor, x: Tensor) -> None:
+    """Add xᵀ x of x (tokens, in) to a moment (in, in), on and above the diagonal's blocks."""
+    for start in range(0, x.shape[1], _PANEL):
+        panel = moment[start : start + _PANEL, start:]
+        panel.addmm_(x[:, start : start + _PANEL].T, x[:, start:])
+
+
+def mirrored(moment: Tensor) -> Tensor:
+    """A symmetric matrix with what is above the diagonal mirrored to below it, in place."""
     for start in range(0, len(moment), _PANEL):
         stop = start + _PANEL
         middle = moment[start:stop, start:stop]
@@ -184,27 +189,28 @@ def calibrate(
     trace: Trace,
     prefix: str = "",
     *,
-    second_moments: bool = False,
+    second_moments: Callable[[Weight], bool] = lambda weight: False,
     advance: bool = True,
     ranks: Ranks = _ALONE,
 ) -> dict[Weight, InputStats]:
     """Run `block` on what `lanes` wait with, and gather the statistics of every weight's input on the way.
 
     trace: a run of the block, which tells which weights read the very same tensor: those are measured once, and
-    share one `InputStats`. prefix: the block's name, for messages. advance: whether the lanes go on with what came
-    out; otherwise they stay where they are. ranks: those that have the other lanes of the calibration set; all get
-    the statistics of the whole. A weight that saw no token is left out.
+    share one `InputStats`. prefix: the block's name, for messages. second_moments: which weights' are asked for.
+    advance: whether the lanes go on with what came out; otherwise they stay where they are. ranks: those that have the
+    other lanes of the calibration set; all get the statistics of the whole. A weight that saw no token is left out.
     """
     source = {p.weight: p.source for p in reversed(trace.products)}
     measured = {key: weight for weight, key in source.items()}
     batches = ranks.each(lambda: len(lanes))
     per_batch, first = -(-SAMPLE_TOKENS // max(1, sum(batches))), sum(batches[: ranks.rank])
-    collectors = {weight: StatsCollector(per_batch, second_moments) for weight in measured.values()}
+    asked = {measured[key] for weight, key in source.items() if second_moments(weight)}
+    collectors = {weight: StatsCollector(per_batch, weight in asked) for weight in measured.values()}
     last, batch = None if advance else _last(block, trace), first
 
     def note(weight: Weight, x: Tensor) -> None:
         if weight not in source:  # an expert that no token of the trace has reached
-            collectors.setdefault(weight, StatsCollector(per_batch, second_moments))
+            collectors.setdefault(weight, StatsCollector(per_batch, second_moments(weight)))
         if weight in collectors:
             collectors[weight].update(x, batch)
         if weight == last:
@@ -225,7 +231,8 @@ def calibrate(
     seen: dict[Weight, InputStats] = {}
     for weight in dict.fromkeys(weight for part in parts for weight in part):
         total = reduce(operator.add, (part[weight] for part in parts if weight in part))
-        moment = _moment(collectors.get(weight), total, ranks) if second_moments else None
+        wanted = weight in asked or (weight not in source and second_moments(weight))
+        moment = _moment(collectors.get(weight), total, ranks) if wanted else None
         seen[weight] = total.stats(moment)
     of = {weight: measured[key] for weight, key in source.items()} | {w: w for w in seen if w not in source}
     return {weight: seen[one] for weight, one in of.items() if one in seen}

@@ -46,14 +46,11 @@ class Descent:
         """The loss of each row (out,)."""
         return ((self._targets - self.values).mul_(self._gradient)).sum(0)
 
-    def restart(self, rows: Tensor, grid: ColumnGrid) -> None:
-        """Begin some rows (out,) anew: on another grid, rounded to nearest."""
-        if not bool(rows.any()):
-            return
+    def restart(self, rows: Tensor, grid: ColumnGrid, values: Tensor) -> None:
+        """Begin some rows (out,) anew: on another grid, with its values (in, out)."""
         self._grid.put_rows(rows, grid)
-        nearest = grid.round_all_(self._targets.clone())
-        self.values.copy_(torch.where(rows, nearest, self.values))
-        self._gradient[:, rows] = self._moment @ (self._targets - nearest)[:, rows]
+        self.values.copy_(torch.where(rows, values, self.values))
+        self._gradient[:, rows] = self._moment @ (self._targets - values)[:, rows]
 
     def run(self, sweeps: int) -> None:
         """Visit every column that many times."""

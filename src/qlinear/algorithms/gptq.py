@@ -10,11 +10,13 @@ Taken in order, term k is least when column k is rounded from its target W_k + E
 largest second moment go first, when all others are still there to make up for them (activation order). The grid is
 fixed before that, so the codes of a group lie together as in any other checkpoint: no g_idx.
 
+Where inputs are rounded as well, H is of the rounded ones, and what is rounded is the weight that fits them (`fit`).
+
 The targets are gathered by halves: the left half of the columns is rounded, one matrix product brings its errors to
 the right half, and so on inside each. All work but the rounding is in large products; at any depth it fits a cache.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,29 +29,16 @@ from ..numerics import QuantizedTensor, choose_qparams, require_finite
 from ..scheme import TensorFormat
 from .columns import FEW, ColumnGrid, by_halves
 from .descent import Descent, row_losses
+from .factor import DAMPING, Factor, factorize
+from .fit import fitted
 from .grid import least_error_qparams
 from .group import Group
 
-_DAMPING = 0.01
 # Ranges to choose from: fewer than `grid.RATIOS`, since the descent moves the scales of groups on.
 _RATIOS = (1.0, 15 / 14, 0.92, 0.84, 0.76)
 # Elements of a weight that are worked on at once, as many of its rows as that makes: rows have nothing to do with
 # each other, so each core takes some, and the working copies are several times as large as this.
 _AT_ONCE = 1 << 25
-
-
-@dataclass(frozen=True, slots=True)
-class Factor:
-    """(I + U) D (I + U)ᵀ of a group's second moments, made once for all its weights.
-
-    order: (in,) long, the columns from most to least important. upper: U (in, in), pivots: D (in,), both in that
-    order. damping: the share of each channel's own second moment that was added to it.
-    """
-
-    order: Tensor
-    upper: Tensor
-    pivots: Tensor
-    damping: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,50 +59,23 @@ class Rounded:
         return self.damping is None
 
 
-def factorize(moment: Tensor, damping: float = _DAMPING, name: str = "input") -> Factor | None:
-    """Factorize second moments (in, in) float32; None if even a damping of 1 doesn't make them positive definite.
-
-    damping: to begin with; ten times as much after each failure. It is relative to each channel's own second moment,
-    so that an outlier channel does not drown the others. A channel that was always 0 is left alone: it has no part
-    in any other. Raises NumericsError, with `name`, on NaN or infinity.
-    """
-    require_finite(moment, f"the second moment of {name}")
-    power = moment.diagonal()
-    order = power.argsort(descending=True, stable=True)
-    size = power.sqrt().masked_fill(power <= 0, 1.0)[order]
-    # Factorized as correlations, so that float32 is enough however far apart the channels' sizes are. Cholesky's
-    # triangle is the lower one; reversing rows and columns before and after makes it the upper.
-    correlation = moment[order.flip(0)][:, order.flip(0)] / size.flip(0) / size.flip(0).unsqueeze(1)
-    while damping <= 1:
-        correlation.diagonal().copy_((power > 0)[order.flip(0)]).add_(damping)
-        lower, failed = torch.linalg.cholesky_ex(correlation)
-        if not failed:
-            return _factor(lower.flip(0, 1), size, order, damping)
-        damping *= 10
-    return None
-
-
-def _factor(upper: Tensor, size: Tensor, order: Tensor, damping: float) -> Factor:
-    """From the triangle of the correlations, with ones on U's diagonal left in: nothing reads it."""
-    diagonal = upper.diagonal().clone()
-    pivots = (diagonal * size).square()
-    return Factor(order, upper.div_(diagonal * size).mul_(size.unsqueeze(1)), pivots, damping)
-
-
 def gptq(
     group: Group,
     *,
-    damping: float = _DAMPING,
+    damping: float = DAMPING,
     grid: Literal["least-error", "extremes"] = "least-error",
     sweeps: int = 2,
 ) -> dict[str, Rounded]:
     """Codes of each weight of a group, whose output error on the calibration inputs is never above round to nearest's.
 
-    group: with second moments, and smoothed already. damping: see `factorize`. grid: scales from
-    `least_error_qparams`, or from the extremes of each tile. sweeps: of the descent that follows. Raises NumericsError,
-    naming the weight, on NaN or infinity or without second moments, and SchemeError where the scheme does not fit.
+    group: with second moments, of the input or of what rounding makes of it, and smoothed already. damping: see
+    `factorize`. grid: scales from `least_error_qparams`, or from the extremes of each tile. sweeps: of the descent that
+    follows. Raises NumericsError, naming the weight, on NaN or infinity or without second moments, and SchemeError
+    where the scheme does not fit.
     """
-    first, moment = next(iter(group.weights)), group.moment
+    first, halves = next(iter(group.weights)), group.rounded_input
+    x = None if halves is None else halves[0] + halves[1]
+    moment = group.moment if x is None else x.moment
     if moment is None:
         raise NumericsError(f"GPTQ needs the second moments of the input of {first}; the group has none")
     for name, weight in group.weights.items():
@@ -123,18 +85,22 @@ def gptq(
                 f"moment must be (in, in) of {name} {tuple(weight.shape)}; got {tuple(moment.shape)}"
             )
     factor = factorize(moment, damping, first)
+    aims = group.weights
+    if halves is not None and x is not None and factor is not None:
+        aims = fitted(group.weights, halves, x, factor)
 
-    def rounded(stack: list[tuple[str, Tensor]]) -> tuple[QuantizedTensor, Tensor]:
-        rows = torch.cat([piece for _, piece in stack]) if len(stack) > 1 else stack[0][1]
-        return _round(rows, group, moment, factor, grid, sweeps)
+    def rounded(stack: Sequence[tuple[str, slice]]) -> tuple[QuantizedTensor, Tensor]:
+        rows = _stacked(group.weights, stack)
+        aim = rows if aims is group.weights else _stacked(aims, stack)
+        return _round(rows, aim, group, moment, factor, grid, sweeps)
 
     parts: dict[str, list[tuple[QuantizedTensor, int]]] = {name: [] for name in group.weights}
     with each_core(moment.device) as cores:
         stacks = list(_stacks(group.weights, group.scheme.weight, cores.count))
         for stack, (found, kept) in zip(stacks, cores.map(rounded, stacks), strict=True):
             start = 0
-            for name, piece in stack:
-                part = slice(start, start := start + len(piece))
+            for name, rows in stack:
+                part = slice(start, start := start + rows.stop - rows.start)
                 parts[name].append((_rows(found, part, len(kept)), int(kept[part].sum())))
     used = None if factor is None else factor.damping
     return {
@@ -145,54 +111,70 @@ def gptq(
 
 def _stacks(
     weights: Mapping[str, Tensor], fmt: TensorFormat, cores: int
-) -> Iterator[list[tuple[str, Tensor]]]:
+) -> Iterator[list[tuple[str, slice]]]:
     """Weights that share second moments as runs of rows to work on at once: a column of all is one vector then.
 
     All cores together hold `_AT_ONCE`, each the same share.
     """
     if fmt.granularity in ("tensor", "block"):  # rows share scales
-        yield from ([item] for item in weights.items())
+        yield from ([(name, slice(0, len(weight)))] for name, weight in weights.items())
         return
     width, rows = next(iter(weights.values())).shape[1], sum(len(weight) for weight in weights.values())
     most = max(1, min(_AT_ONCE // max(1, width), rows) // cores)
-    stack: list[tuple[str, Tensor]] = []
+    stack: list[tuple[str, slice]] = []
+    height = 0
     for name, weight in weights.items():
-        for piece in torch.split(weight, most):
-            if stack and sum(len(other) for _, other in stack) + len(piece) > most:
+        for start in range(0, len(weight), most):
+            piece = slice(start, min(start + most, len(weight)))
+            if stack and height + piece.stop - piece.start > most:
                 yield stack
-                stack = []
+                stack, height = [], 0
             stack.append((name, piece))
+            height += piece.stop - piece.start
     yield stack
+
+
+def _stacked(weights: Mapping[str, Tensor], stack: Sequence[tuple[str, slice]]) -> Tensor:
+    """Those rows of the weights as one."""
+    pieces = [weights[name][rows] for name, rows in stack]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 @torch.no_grad()  # which holds for a thread, and each core has its own
 def _round(
     weight: Tensor,
+    aim: Tensor,
     group: Group,
     moment: Tensor,
     factor: Factor | None,
     grid: Literal["least-error", "extremes"],
     sweeps: int,
 ) -> tuple[QuantizedTensor, Tensor]:
-    """Codes of a weight (out, in), and which rows (out,) GPTQ did not better."""
-    fmt, targets = group.scheme.weight, weight.T.contiguous()
+    """Codes of a weight (out, in), and which rows (out,) GPTQ did not better. aim: what they are to come near to."""
+    fmt, targets = group.scheme.weight, aim.T.contiguous()
     nearest = ColumnGrid.of(choose_qparams(weight, fmt, group.scale_dtype), fmt, weight.shape)
-    values = nearest.round_all_(targets.clone())
+    values = nearest.round_all_(_copied_columns(weight))
     if factor is None:
         return nearest.quantized(values), torch.ones_like(weight[:, 0], dtype=torch.bool)
     rtn_losses = row_losses(values.sub_(targets), moment)
     found = nearest
     if grid == "least-error":
-        qparams = least_error_qparams(weight, fmt, moment.diagonal(), group.scale_dtype, _RATIOS)
+        qparams = least_error_qparams(aim, fmt, moment.diagonal(), group.scale_dtype, _RATIOS)
         found = ColumnGrid.of(qparams, fmt, weight.shape)
     descent = Descent(targets, _propagate(targets, factor, found), found, moment, group.scale_dtype)
     losses = descent.losses()
     kept = losses > rtn_losses
     if fmt.granularity in ("tensor", "block"):  # rows share scales, and are kept or not together
         kept = (losses.sum() > rtn_losses.sum()).expand_as(kept)
-    descent.restart(kept, nearest)
+    if bool(kept.any()):
+        descent.restart(kept, nearest, nearest.round_all_(_copied_columns(weight)))
     descent.run(sweeps)
     return found.quantized(descent.values), kept
+
+
+def _copied_columns(weight: Tensor) -> Tensor:
+    """A weight (out, in) as (in, out), to be worked on in place."""
+    return weight.T.clone(memory_format=torch.contiguous_format)
 
 
 def _propagate(targets: Tensor, factor: Factor, grid: ColumnGrid) -> Tensor:

@@ -23,6 +23,7 @@ from ..errors import StructureError
 from ..memory import Spill
 from ..ranks import Ranks
 from ..structure import Fold, Trace, Weight, examine, find_groups, reversible, run_in_float32
+from .fitting import rounded_inputs
 from .recipe import Findings, Layer, Progress, Recipe, joined, unseen
 from .refining import hidden_of, refine
 from .refusal import finding_bad_weights
@@ -144,6 +145,7 @@ class Job:
                 if at is not None and (self.statistics is None or is_static):
                     trace = run_in_float32(head, at.proof.waiting)
                     found.stats = self._statistics_of(found, trace, at, advance=False)
+                    self._see_rounded(found, at)
                 self.blocks.write(found, self.blocks.round(found))
 
     def _standing(self, probe: Lane, proof: Lane, smoothed: Lane, *rest: Lane) -> Standing:
@@ -184,6 +186,7 @@ class Job:
             names = ", ".join(joined(found.name, weight.module) for weight in unsmoothed)
             self.warnings.append(f"{names}: nothing can take the smoothing, left unsmoothed")
         self.warnings.extend(unseen(found, trace, self.recipe))
+        self._see_rounded(found, at)
         rounded = self._write(found, at)
         at.smoothed.step()
         if self.recipe.propagate:
@@ -196,9 +199,14 @@ class Job:
         if self.statistics is not None:
             return self.statistics.of_block(found.name, trace)
         return calibrate(
-            found.block, at.calibration, trace, found.name,
-            second_moments=self.recipe.algorithm == "gptq", advance=advance, ranks=self.ranks,
+            found.block, at.calibration, trace, found.name, advance=advance, ranks=self.ranks,
+            second_moments=lambda weight: self.recipe.needs_moment(found, weight),
         )  # fmt: skip
+
+    def _see_rounded(self, found: Findings, at: Standing) -> None:
+        """What rounding makes of a block's inputs; statistics of an earlier calibration do not tell."""
+        if self.statistics is None:
+            found.rounded_inputs = rounded_inputs(found, at.calibration, self.recipe, self.ranks)
 
     def _write(self, found: Findings, at: Standing | None = None) -> list[Rounded]:
         """Round and write a block, and note that it is done."""

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..algorithms.group import RoundedInput
 from ..algorithms.search import Search
 from ..calibrate import InputStats
 from ..checkpoint.layout import Layout
@@ -18,6 +19,10 @@ from ..structure import Fold, InputGroup, Trace, Weight
 Progress = Callable[[str, int, int], None]
 Migration = Literal["folded", "kept", "none"]
 Algorithm = Literal["rtn", "gptq", "awq"]
+
+# How wide a weight may be that is fitted to its rounded input: that takes six square matrices of its width where second
+# moments are one, and a job is to fit a machine that holds little more than a block.
+_WIDEST = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,20 @@ class Recipe:
         """Whether calibration text passes through the model."""
         return needs_data(self.smooth, self.algorithm, self.schemes.values(), self.keep_worst, self.refine)
 
+    def fits(self, found: "Findings", weight: Weight) -> bool:
+        """Whether a weight is fitted to its input as that will be rounded: see `job.fitting`. Experts in a stack are
+        not, since there are many and each sees few of the tokens, nor what is too wide for it."""
+        scheme = self.schemes.get(found.full_name(weight))
+        rounds = scheme is not None and scheme.activation is not None
+        if not (rounds and self.algorithm == "gptq" and self.propagate and weight.index is None):
+            return False
+        return weight.of(found.block).shape[1] <= _WIDEST
+
+    def needs_moment(self, found: "Findings", weight: Weight) -> bool:
+        """Whether an algorithm asks for the second moments of what a weight reads, as it is before it is rounded."""
+        chosen = self.algorithm == "gptq" and found.full_name(weight) in self.schemes
+        return chosen and not self.fits(found, weight)
+
     @property
     def turns(self) -> bool:
         """Whether smoothing may turn the signs of channels: see `smooth.turned`."""
@@ -82,9 +101,10 @@ class Findings:
     """A block, what calibration found of its inputs and their groups, and the smoothing that followed.
 
     name: the block's. stored_dtype: of a parameter of the block in the file. reversible: the folds that hold for
-    negative vectors, too. searches: what was tried for each weight, where smoothing was searched. refined: norm gains
-    and other vectors as refining left them, by their names in the block, which itself has them only once its quantized
-    self is run.
+    negative vectors, too. searches: what was tried for each weight, where smoothing was searched. ranges: low and high
+    (in,) of a static input, smoothed, by the first weight of a unit. rounded_inputs: by the same, what becomes of
+    inputs that are rounded. refined: norm gains and other vectors as refining left them, by their names in the block,
+    which itself has them only once its quantized self is run.
     """
 
     name: str
@@ -95,6 +115,8 @@ class Findings:
     reversible: Sequence[Fold] = ()
     smoothing: Smoothing = field(default_factory=Smoothing)
     searches: dict[Weight, Search] = field(default_factory=dict)
+    ranges: dict[Weight, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    rounded_inputs: Mapping[Weight, tuple[RoundedInput, RoundedInput]] = field(default_factory=dict)
     refined: Mapping[str, Tensor] = field(default_factory=dict)
 
     def full_name(self, weight: Weight) -> str:

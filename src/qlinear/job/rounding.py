@@ -58,14 +58,29 @@ def _slice(weight: Weight) -> str:
     return "" if weight.index is None else f"[{weight.index}]"
 
 
+def smoothed_groups(
+    found: Findings, weights: Sequence[Weight], recipe: Recipe
+) -> Iterator[tuple[list[Weight], Group]]:
+    """`grouped`, with statistics of the smoothed tensor, and the range that is chosen for one that is static."""
+    for members, group in grouped(found, weights, recipe):
+        first, smoothed = members[0], group
+        if first in found.smoothing.columns:
+            smoothed = group.divided(found.smoothing.columns[first])
+        if group.scheme.is_static:
+            if first not in found.ranges:
+                chosen = narrowed(smoothed)
+                found.ranges[first] = chosen.low, chosen.high
+            low, high = found.ranges[first]
+            smoothed = replace(smoothed, low=low, high=high)
+        yield members, replace(smoothed, rounded_input=found.rounded_inputs.get(first))
+
+
 def round_weights(found: Findings, weights: Sequence[Weight], recipe: Recipe) -> Iterator[Rounded]:
     """Codes of those of `weights` that the recipe quantizes, one unit after another."""
-    units = grouped(found, weights, recipe)
-    with_data = {weight for members, _ in units for weight in members}
-    for members, group in units:
-        columns = found.smoothing.columns.get(members[0])
-        smoothed = group if columns is None else group.divided(columns)
-        yield from _round_unit(found, members, smoothed, recipe.algorithm)
+    with_data = set()
+    for members, group in smoothed_groups(found, weights, recipe):
+        with_data.update(members)
+        yield from _round_unit(found, members, group, recipe.algorithm)
     for weight in weights:
         scheme = recipe.schemes.get(found.full_name(weight))
         if scheme is not None and weight not in with_data:
@@ -94,7 +109,6 @@ def _round_unit(
     inputs: tuple[Tensor | None, Tensor | None] = (None, None)
     activation = group.scheme.activation
     if activation is not None and not activation.dynamic:
-        group = narrowed(group)
         inputs = input_qparams(group.low, group.high, activation)
     results = _algorithm(group, algorithm)
     measured = replace(group, sample=group.sample[_evenly(len(group.sample), _TOKENS)])
@@ -134,7 +148,7 @@ def _algorithm(group: Group, algorithm: Algorithm) -> dict[str, tuple[QuantizedT
     """Codes of every weight of a group, and what a user should know of how they came about."""
     if algorithm == "awq":
         return {name: (clipped.weight, None) for name, clipped in clip(group).items()}
-    if algorithm == "gptq" and group.moment is not None:
+    if algorithm == "gptq" and (group.moment is not None or group.rounded_input is not None):
         return _gptq(group)
     return {
         name: (round_to_nearest(matrix, group.scheme, name, group.scale_dtype), None)
