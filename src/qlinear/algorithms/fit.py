@@ -25,21 +25,28 @@ _ROWS = 512
 
 def fitted(
     weights: Mapping[str, Tensor], halves: tuple[RoundedInput, RoundedInput], x: RoundedInput, factor: Factor
-) -> Mapping[str, Tensor]:
+) -> dict[str, Tensor]:
     """V (out, in) of every weight W (out, in), float32; W itself where one half tells nothing of the other.
 
     x: of both halves. factor: of x.moment.
     """
+    shares = _shares(weights, halves, factor.damping)
+    return {
+        name: weight if shares[name] <= 0 else factor.solve(weight @ x.drift).mul_(shares[name]).add_(weight)
+        for name, weight in weights.items()
+    }
+
+
+def _shares(
+    weights: Mapping[str, Tensor], halves: tuple[RoundedInput, RoundedInput], damping: float
+) -> dict[str, float]:
+    """How much is taken of what fits each weight."""
     first, second = halves
-    half = factorize(first.moment, factor.damping)
-    if half is None:
-        return weights
-    made = {}
-    for name, weight in weights.items():
-        some = weight[:: -(-len(weight) // _ROWS)]
-        share = _share(some, half.solve(some @ first.drift), second)
-        made[name] = weight if share <= 0 else factor.solve(weight @ x.drift).mul_(share).add_(weight)
-    return made
+    factor = factorize(first.moment, damping)
+    if factor is None:
+        return dict.fromkeys(weights, 0.0)
+    some = {name: weight[:: -(-len(weight) // _ROWS)] for name, weight in weights.items()}
+    return {name: _share(rows, factor.solve(rows @ first.drift), second) for name, rows in some.items()}
 
 
 def _share(weight: Tensor, change: Tensor, x: RoundedInput) -> float:
