@@ -68,6 +68,8 @@ def gptq(
 ) -> dict[str, Rounded]:
     """Codes of each weight of a group, whose output error on the calibration inputs is never above round to nearest's.
 
+    Where inputs are rounded, that is the error against the weight that fits them, as far as the fit is trusted (`fit`).
+
     group: with second moments, of the input or of what rounding makes of it, and smoothed already. damping: see
     `factorize`. grid: scales from `least_error_qparams`, or from the extremes of each tile. sweeps: of the descent that
     follows. Raises NumericsError, naming the weight, on NaN or infinity or without second moments, and SchemeError
