@@ -59,3 +59,12 @@ def test_cores_are_parted_for_work_on_the_cpu_alone() -> None:
             assert cores.count == count
             assert list(cores.map(lambda i: i + 1, range(4))) == [1, 2, 3, 4]
         assert torch.get_num_threads() == 3
+
+
+@pytest.mark.usefixtures("three_cores")
+def test_fewer_threads_than_cores_have_several_each() -> None:
+    for most, threads in ((0, 3), (1, 3), (2, 1), (3, 1), (9, 1)):
+        with each_core(torch.device("cpu"), most) as cores:
+            assert cores.count == max(1, min(most, 3))
+            assert list(cores.map(lambda _: torch.get_num_threads(), range(4))) == [threads] * 4
+        assert torch.get_num_threads() == 3

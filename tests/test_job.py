@@ -350,14 +350,21 @@ def test_computing_in_bfloat16_gives_nearly_the_same_scales(source: Path, tmp_pa
 
 def test_where_hidden_states_wait_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save_model(tmp_path / "source", max_position_embeddings=1024)
-    ids = torch.arange(3 * 900).remainder(90).add(3).reshape(3, 900)
-    qlinear.quantize(source, tmp_path / "in-memory", calibration=ids, seq_len=900)
+    three: dict[str, Any] = {
+        "calibration": torch.arange(3 * 900).remainder(90).add(3).reshape(3, 900),
+        "seq_len": 900,
+    }
+    qlinear.quantize(source, tmp_path / "in-memory", **three)
     spilled: list[int] = []
     put = memory.Spill.put
     monkeypatch.setattr(memory.Spill, "is_short", True)
     monkeypatch.setattr(memory.Spill, "put", lambda *args: spilled.append(1) or put(*args))
-    qlinear.quantize(source, tmp_path / "on-disk", calibration=ids, seq_len=900, max_memory=1 << 40)
-    assert len(spilled) == 9  # three batches, before either block and the head
+    qlinear.quantize(source, tmp_path / "on-disk", **three, max_memory=1 << 40)
+    assert len(spilled) == 6  # three batches, before either block
+    qlinear.quantize(source, tmp_path / "head-too", **three, max_memory=1 << 40, ignore=["*.q_proj"])
+    assert (
+        len(spilled) == 6 + 9
+    )  # and they pass the last block where the head is quantized by what reaches it
     assert contents(tmp_path / "on-disk") == contents(tmp_path / "in-memory")
 
 

@@ -40,15 +40,19 @@ class Cores:
 
 
 @contextmanager
-def apart() -> Iterator[Cores]:
-    """Inside, torch's operations keep to the thread that calls them, and there is such a thread for each core."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
+def apart(most: int | None = None) -> Iterator[Cores]:
+    """Inside, torch's operations keep to the thread that calls them, and there is such a thread for each core.
+
+    most: threads, if fewer than the cores; each has as many cores then.
+    """
+    total = torch.get_num_threads()
+    count = total if most is None else max(1, min(most, total))
+    torch.set_num_threads(total // count)
     try:
         with ThreadPoolExecutor(count, "core") as pool:
             yield Cores(pool, count)
     finally:
-        torch.set_num_threads(count)
+        torch.set_num_threads(total)
 
 
 class Here:
@@ -62,10 +66,10 @@ class Here:
 
 
 @contextmanager
-def each_core(device: torch.device) -> Iterator[Cores | Here]:
-    """`apart` for work on the CPU, `Here` on an accelerator."""
-    if device.type != "cpu":
+def each_core(device: torch.device, most: int | None = None) -> Iterator[Cores | Here]:
+    """`apart` for work on the CPU, `Here` on an accelerator, and where one thread is the most."""
+    if device.type != "cpu" or (most is not None and most <= 1):
         yield Here()
         return
-    with apart() as cores:
+    with apart(most) as cores:
         yield cores

@@ -142,13 +142,18 @@ def nearest_values(
 ) -> Tensor:
     """`dequantize` of `quantize` for float32 x, its scales such as broadcast against it: for searches, which keep no
     codes. out: where to, x itself for one; new if None."""
+    return nearest_steps_(torch.div(x, scale, out=out), zero_point, fmt).mul_(scale)
+
+
+def nearest_steps_(scaled: Tensor, zero_point: Tensor | None, fmt: TensorFormat) -> Tensor:
+    """Float32 that has been divided by its scale becomes the nearest that codes stand for, in place: codes less their
+    zero point, which broadcasts against them."""
     if fmt.is_float:
-        values = (x / scale).clamp_(*fmt.code_range).to(fmt.storage).float().mul_(scale)
-        return values if out is None else out.copy_(values)
-    values = torch.div(x, scale, out=out).round_()
+        return scaled.copy_(scaled.clamp_(*fmt.code_range).to(fmt.storage))
+    scaled.round_()
     if zero_point is None:
-        return values.clamp_(*fmt.code_range).mul_(scale)
-    return values.add_(zero_point).clamp_(*fmt.code_range).sub_(zero_point).mul_(scale)
+        return scaled.clamp_(*fmt.code_range)
+    return scaled.add_(zero_point).clamp_(*fmt.code_range).sub_(zero_point)
 
 
 @dataclass(frozen=True, slots=True)

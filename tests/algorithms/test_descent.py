@@ -31,9 +31,10 @@ def descend(
 ) -> QuantizedTensor:
     """Codes and scales after some sweeps."""
     grid = ColumnGrid.of((start.scale, start.zero_point), start.format, weight.shape)
-    descent = Descent(weight.T.contiguous(), start.dequantize().T.contiguous(), grid, moment, dtype)
+    targets, steps = weight.T.contiguous(), grid.round_all_(start.dequantize().T.contiguous())
+    descent = Descent(targets, steps, moment @ (targets - grid.values(steps)), grid, moment, dtype)
     descent.run(sweeps)
-    return grid.quantized(descent.values)
+    return grid.quantized(descent.steps)
 
 
 def loss(weight: Tensor, found: QuantizedTensor, moment: Tensor) -> float:

@@ -150,6 +150,20 @@ def test_the_factor_multiplies_out_to_the_damped_moment() -> None:
     assert bool((moment.diagonal()[factor.order].diff() <= 0).all())
 
 
+@given(width=st.integers(1, 700), tokens=st.integers(1, 900), seed=st.integers(0, 999))
+@settings(max_examples=15)
+def test_the_factor_multiplies_as_the_moment_does(width: int, tokens: int, seed: int) -> None:
+    x = inputs(seed, width, rank=6, tokens=tokens)
+    x[:, 0] = 0
+    factor = factorize(moment_of(x))
+    assert factor is not None
+    columns = weight_of(seed, width, 3)
+    whitened = factor.upper.T @ columns[factor.order]
+    expected = moment_of(x) @ columns
+    size = float(expected.abs().max()) + float((factor.ridge.unsqueeze(1) * columns).abs().max())
+    assert float((factor.times(columns, whitened) - expected).abs().max()) <= 1e-5 * size
+
+
 def test_channels_that_were_always_zero_are_rounded_to_nearest() -> None:
     x = inputs(5, 64, rank=4)
     x[:, 10:20] = 0
@@ -251,7 +265,9 @@ def test_weights_of_a_group_come_out_as_each_alone(
     scheme: Scheme, at_once: int, cores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.modules["qlinear.algorithms.gptq"], "_AT_ONCE", at_once)
-    monkeypatch.setattr(sys.modules["qlinear.algorithms.gptq"], "each_core", lambda device: on_cores(cores))
+    monkeypatch.setattr(
+        sys.modules["qlinear.algorithms.gptq"], "each_core", lambda device, most: on_cores(cores)
+    )
     moment = moment_of(inputs(3, 48, rank=6))
     weights = {name: weight_of(i, rows, 48) for i, (name, rows) in enumerate((("q", 16), ("k", 7), ("v", 1)))}
     together = gptq(group_of(weights, scheme, moment))

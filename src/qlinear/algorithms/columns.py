@@ -1,5 +1,8 @@
 """A weight column by column, as GPTQ and its descent take it: columns are rows here, so that each lies in one piece.
 
+Where a column has come to is told in steps, the weight over its scale: what is on the grid is a code less its zero
+point, and to round is to round.
+
 Work goes by halves: what was done to the left half of some columns is carried to the right half by one matrix
 product, and so on inside each, until a few columns are left. All but the rounding is in large products then.
 """
@@ -10,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..numerics import QuantizedTensor, nearest_values, quantize
+from ..numerics import QuantizedTensor, nearest_steps_
 from ..scheme import TensorFormat
 
 # Columns that are taken one by one: to add one to another costs less than to call a product of so few.
@@ -19,7 +22,7 @@ FEW = 4
 
 @dataclass(frozen=True, slots=True)
 class ColumnGrid:
-    """The values that each column of a weight (out, in) can take.
+    """What each column of a weight (out, in) can be.
 
     format, scale, zero_point: of the weight, as in `QuantizedTensor`. scales, zeros: the same by tile of columns, for
     every row: (tiles, out). width: columns of a tile.
@@ -39,17 +42,26 @@ class ColumnGrid:
         zeros = None if zero_point is None else _by_tile(zero_point, fmt, shape)
         return cls(fmt, scale, zero_point, _by_tile(scale, fmt, shape), zeros, fmt.tile(shape)[1])
 
-    def round_(self, x: Tensor, column: int) -> Tensor:
-        """x (out,), or (n, out) of n columns of one tile: the nearest values of that column's grid, in place."""
-        tile = column // self.width
-        zeros = None if self.zeros is None else self.zeros[tile]
-        return nearest_values(x, self.scales[tile], zeros, self.format, out=x)
+    def round_(self, steps: Tensor, column: int) -> Tensor:
+        """steps (out,), or (n, out) of n columns of one tile, in units of its scale: the nearest that codes stand for,
+        in place."""
+        zeros = None if self.zeros is None else self.zeros[column // self.width]
+        return nearest_steps_(steps, zeros, self.format)
 
     def round_all_(self, columns: Tensor) -> Tensor:
-        """All columns (in, out), each to the nearest values of its grid, in place."""
+        """All columns (in, out), each to the nearest steps of its grid, in place."""
         for start in range(0, len(columns), self.width):
-            self.round_(columns[start : start + self.width], start)
+            part = columns[start : start + self.width]
+            self.round_(part.div_(self.scales[start // self.width]), start)
         return columns
+
+    def values(self, steps: Tensor) -> Tensor:
+        """What steps (in, out) stand for in the weight."""
+        values = torch.empty_like(steps)
+        for tile, scale in enumerate(self.scales):
+            part = slice(tile * self.width, (tile + 1) * self.width)
+            torch.mul(steps[part], scale, out=values[part])
+        return values
 
     def put_rows(self, rows: Tensor, other: "ColumnGrid") -> None:
         """Take over the grid of another, where rows (out,) says so."""
@@ -57,14 +69,13 @@ class ColumnGrid:
         if self.zeros is not None and other.zeros is not None:
             self.zeros.copy_(torch.where(rows, other.zeros, self.zeros))
 
-    def quantized(self, values: Tensor) -> QuantizedTensor:
-        """The codes of values (in, out) that are on the grid."""
-        codes = torch.empty(values.shape[::-1], dtype=self.format.storage, device=values.device)
-        row = TensorFormat(self.format.dtype, "token", symmetric=self.format.symmetric)
-        for tile, start in enumerate(range(0, len(values), self.width)):
+    def quantized(self, steps: Tensor) -> QuantizedTensor:
+        """The codes of steps (in, out) that are on the grid."""
+        codes = torch.empty(steps.shape[::-1], dtype=self.format.storage, device=steps.device)
+        for start in range(0, len(steps), self.width):
             part = slice(start, start + self.width)
-            zeros = None if self.zeros is None else self.zeros[tile]
-            codes[:, part] = quantize(values[part], self.scales[tile], zeros, row).T
+            zeros = None if self.zeros is None else self.zeros[start // self.width]
+            codes[:, part] = (steps[part] if zeros is None else steps[part] + zeros).T
         if self.format.granularity not in ("channel", "group"):
             return QuantizedTensor(codes, self.scale, self.zero_point, self.format)
         zero_point = None if self.zeros is None else self.zeros.T.contiguous()

@@ -8,6 +8,8 @@ from torch import Tensor
 from ..numerics import require_finite
 
 DAMPING = 0.01
+# Rows and columns of a triangular or a symmetric product that are computed at once.
+PANEL = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,13 +17,25 @@ class Factor:
     """H + ridge = (I + U) D (I + U)ᵀ, with H a group's second moments.
 
     order: (in,) long, the columns from most to least important. upper: U (in, in), with ones on the diagonal; pivots:
-    D (in,), both in that order. damping: the ridge, as a share of each channel's own second moment.
+    D (in,), both in that order. damping: the ridge, as a share of each channel's own second moment; ridge:
+    that (in,), in the channels' own order.
     """
 
     order: Tensor
     upper: Tensor
     pivots: Tensor
     damping: float
+    ridge: Tensor
+
+    def times(self, columns: Tensor, whitened: Tensor) -> Tensor:
+        """H columns (in, n) at half the price, where whitened = (I + U)ᵀ columns (in, n) is known, in the factor's
+        order, which is overwritten."""
+        whitened.mul_(self.pivots.unsqueeze(1))
+        product = columns * -self.ridge.unsqueeze(1)
+        for start in range(0, len(whitened), PANEL):
+            rows = self.upper[start : start + PANEL, start:]
+            product[self.order[start : start + PANEL]] += rows @ whitened[start:]
+        return product
 
     def solve(self, rows: Tensor) -> Tensor:
         """X (n, in) with X (H + ridge) = rows (n, in)."""
@@ -48,7 +62,8 @@ def factorize(moment: Tensor, damping: float = DAMPING, name: str = "input") -> 
     size = power.sqrt().masked_fill(power <= 0, 1.0)[order]
     # Factorized as correlations, so that float32 is enough however far apart the channels' sizes are. Cholesky's
     # triangle is the lower one; reversing rows and columns before and after makes it the upper.
-    correlation = moment[order.flip(0)][:, order.flip(0)] / size.flip(0) / size.flip(0).unsqueeze(1)
+    correlation = moment[order.flip(0)][:, order.flip(0)]
+    correlation.div_(size.flip(0)).div_(size.flip(0).unsqueeze(1))
     while damping <= 1:
         correlation.diagonal().copy_((power > 0)[order.flip(0)]).add_(damping)
         lower, failed = torch.linalg.cholesky_ex(correlation)
@@ -62,4 +77,6 @@ def _factor(upper: Tensor, size: Tensor, order: Tensor, damping: float) -> Facto
     """From the triangle of the correlations."""
     diagonal = upper.diagonal().clone()
     pivots = (diagonal * size).square()
-    return Factor(order, upper.div_(diagonal * size).mul_(size.unsqueeze(1)), pivots, damping)
+    ridge = torch.empty_like(size)
+    ridge[order] = size.square().mul_(damping)
+    return Factor(order, upper.div_(diagonal * size).mul_(size.unsqueeze(1)), pivots, damping, ridge)

@@ -39,6 +39,9 @@ _RATIOS = (1.0, 15 / 14, 0.92, 0.84, 0.76)
 # Elements of a weight that are worked on at once, as many of its rows as that makes: rows have nothing to do with
 # each other, so each core takes some, and the working copies are several times as large as this.
 _AT_ONCE = 1 << 25
+# Rows that a thread must have to be worth its while: an operation on fewer numbers is over sooner than it is called,
+# and threads that call wait for each other.
+_TALL = 1 << 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +100,8 @@ def gptq(
         return _round(rows, aim, group, moment, factor, grid, sweeps)
 
     parts: dict[str, list[tuple[QuantizedTensor, int]]] = {name: [] for name in group.weights}
-    with each_core(moment.device) as cores:
+    tall = sum(len(weight) for weight in group.weights.values()) // _TALL
+    with each_core(moment.device, most=tall) as cores:
         stacks = list(_stacks(group.weights, group.scheme.weight, cores.count))
         for stack, (found, kept) in zip(stacks, cores.map(rounded, stacks), strict=True):
             start = 0
@@ -155,15 +159,18 @@ def _round(
     """Codes of a weight (out, in), and which rows (out,) GPTQ did not better. aim: what they are to come near to."""
     fmt, targets = group.scheme.weight, aim.T.contiguous()
     nearest = ColumnGrid.of(choose_qparams(weight, fmt, group.scale_dtype), fmt, weight.shape)
-    values = nearest.round_all_(_copied_columns(weight))
+    steps = nearest.round_all_(_copied_columns(weight))
     if factor is None:
-        return nearest.quantized(values), torch.ones_like(weight[:, 0], dtype=torch.bool)
-    rtn_losses = row_losses(values.sub_(targets), moment)
+        return nearest.quantized(steps), torch.ones_like(weight[:, 0], dtype=torch.bool)
+    rtn_losses = row_losses(nearest.values(steps).sub_(targets), moment)
     found = nearest
     if grid == "least-error":
         qparams = least_error_qparams(aim, fmt, moment.diagonal(), group.scale_dtype, _RATIOS)
         found = ColumnGrid.of(qparams, fmt, weight.shape)
-    descent = Descent(targets, _propagate(targets, factor, found), found, moment, group.scale_dtype)
+    steps, rest = _propagate(targets, factor, found, out=steps)
+    values = found.values(steps)
+    gradient = factor.times(targets - values, rest.sub_(values[factor.order]))
+    descent = Descent(targets, steps, gradient, found, moment, group.scale_dtype)
     losses = descent.losses()
     kept = losses > rtn_losses
     if fmt.granularity in ("tensor", "block"):  # rows share scales, and are kept or not together
@@ -171,7 +178,7 @@ def _round(
     if bool(kept.any()):
         descent.restart(kept, nearest, nearest.round_all_(_copied_columns(weight)))
     descent.run(sweeps)
-    return found.quantized(descent.values), kept
+    return found.quantized(descent.steps), kept
 
 
 def _copied_columns(weight: Tensor) -> Tensor:
@@ -179,25 +186,28 @@ def _copied_columns(weight: Tensor) -> Tensor:
     return weight.T.clone(memory_format=torch.contiguous_format)
 
 
-def _propagate(targets: Tensor, factor: Factor, grid: ColumnGrid) -> Tensor:
-    """Values (in, out) on a grid that is given, each column rounded from its target."""
+def _propagate(targets: Tensor, factor: Factor, grid: ColumnGrid, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Steps (in, out) on a grid that is given, each column rounded from its target; and those targets (in, out), in the
+    factor's order. out: for the steps."""
     order, upper = factor.order.tolist(), factor.upper
-    values, errors = targets[factor.order], targets[factor.order]
-    value, error = values.unbind(), errors.unbind()
+    rest, errors = targets[factor.order], torch.empty_like(targets)
+    exact, target, error, step = targets.unbind(), rest.unbind(), errors.unbind(), out.unbind()
     near = [upper.diagonal(distance).tolist() for distance in range(FEW)]
 
     def visit(start: int, stop: int) -> None:
         for column in range(start, stop):
             for before in range(start, column):
-                value[column].add_(error[before], alpha=near[column - before][before])
-            error[column].sub_(grid.round_(value[column], order[column]))
+                target[column].add_(error[before], alpha=near[column - before][before])
+            at = order[column]
+            scale, here = grid.scales[at // grid.width], step[at]
+            grid.round_(torch.div(target[column], scale, out=here), at)
+            torch.addcmul(exact[at], here, scale, value=-1, out=error[column])
 
-    def carry(done: slice, rest: slice) -> None:
-        values[rest].addmm_(upper[done, rest].T, errors[done])
+    def carry(done: slice, to: slice) -> None:
+        rest[to].addmm_(upper[done, to].T, errors[done])
 
     by_halves(0, len(order), FEW, visit, carry)
-    errors[factor.order] = values
-    return errors
+    return out, rest
 
 
 def _rows(weight: QuantizedTensor, part: slice, of: int) -> QuantizedTensor:

@@ -131,6 +131,8 @@ class Job:
                     else:
                         self._calibrated(block, at)
                 yield self.source.name_of(block)
+                if self._is_last(at):
+                    break
             require_agreement(at.proof, at.smoothed, self.source.checkpoint)
             self._quantize_head(at)
 
@@ -189,8 +191,14 @@ class Job:
         self._see_rounded(found, at)
         rounded = self._write(found, at)
         at.smoothed.step()
-        if self.recipe.propagate:
+        if self.recipe.propagate and not self._is_last(at):
             self._pass_on(found, rounded, at.calibration)
+
+    def _is_last(self, at: Standing) -> bool:
+        """Whether nothing is quantized after the block that the experiments have passed."""
+        after = at.probe.call
+        has_head = self.source.head_name in self.recipe.schemes
+        return after is None or (after.module is self.source.head and not has_head)
 
     def _statistics_of(
         self, found: Findings, trace: Trace, at: Standing, advance: bool
@@ -260,7 +268,7 @@ class Job:
         self.blocks.smooth_again(found)
         for lane in (at.smoothed, *at.originals):
             lane.step()
-        if self.recipe.propagate:
+        if self.recipe.propagate and not self._is_last(at):
             held = self.ranks.first(lambda: self.blocks.read_back(found))
             self._pass_on(found, self.blocks.put_back(found, held), at.calibration)
 
