@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import qlinear
 from qlinear import QLinearError, memory
+from qlinear.blocks import Lane
 from qlinear.checkpoint import Checkpoint
 from qlinear.nn import QLinear
 from qlinear.numerics import quantize_tensor
@@ -350,22 +351,36 @@ def test_computing_in_bfloat16_gives_nearly_the_same_scales(source: Path, tmp_pa
 
 def test_where_hidden_states_wait_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save_model(tmp_path / "source", max_position_embeddings=1024)
-    three: dict[str, Any] = {
-        "calibration": torch.arange(3 * 900).remainder(90).add(3).reshape(3, 900),
-        "seq_len": 900,
-    }
-    qlinear.quantize(source, tmp_path / "in-memory", **three)
+    ids = torch.arange(3 * 900).remainder(90).add(3).reshape(3, 900)
+    qlinear.quantize(source, tmp_path / "in-memory", calibration=ids, seq_len=900)
     spilled: list[int] = []
     put = memory.Spill.put
     monkeypatch.setattr(memory.Spill, "is_short", True)
     monkeypatch.setattr(memory.Spill, "put", lambda *args: spilled.append(1) or put(*args))
-    qlinear.quantize(source, tmp_path / "on-disk", **three, max_memory=1 << 40)
-    assert len(spilled) == 6  # three batches, before either block
-    qlinear.quantize(source, tmp_path / "head-too", **three, max_memory=1 << 40, ignore=["*.q_proj"])
-    assert (
-        len(spilled) == 6 + 9
-    )  # and they pass the last block where the head is quantized by what reaches it
+    qlinear.quantize(source, tmp_path / "on-disk", calibration=ids, seq_len=900, max_memory=1 << 40)
+    assert len(spilled) == 9  # three batches, before either block and again once the last has seen them
     assert contents(tmp_path / "on-disk") == contents(tmp_path / "in-memory")
+
+
+@pytest.mark.parametrize("options", [{}, {"algorithm": "gptq"}])
+def test_no_calibration_batch_passes_a_block_after_which_nothing_is_quantized(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_model(tmp_path / "source", max_position_embeddings=1024)
+    ids = torch.arange(3 * 900).remainder(90).add(3).reshape(3, 900)
+    passed: list[int] = []
+    advance = Lane.advance
+
+    def counted(lane: Lane, output: Any) -> None:
+        if output[0].shape[-2] == 900:  # not one of the experiments, which are short
+            passed.append(1)
+        advance(lane, output)
+
+    monkeypatch.setattr(Lane, "advance", counted)
+    qlinear.quantize(source, tmp_path / "out", calibration=ids, seq_len=900, **options)
+    assert len(passed) == 3  # of two blocks, the first
+    qlinear.quantize(source, tmp_path / "head", calibration=ids, seq_len=900, ignore=["*.q_proj"], **options)
+    assert len(passed) == 3 + 6  # both, where the head is quantized by what reaches it
 
 
 def test_too_little_memory_is_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -176,12 +176,13 @@ class Job:
         trace, self._likely = examine(
             block, at.probe.waiting, at.proof.waiting, self._likely, self._shared[block]
         )
+        at.probe.step()
         found = self._findings(block)
-        found.stats = self._statistics_of(found, trace, at, advance=not self.recipe.propagate)
+        advance = not self.recipe.propagate and not self._is_last(at)
+        found.stats = self._statistics_of(found, trace, at, advance)
         folds = [] if self.recipe.migration_scale == "always" else self._likely
         if self.recipe.turns and folds:
             found.reversible = reversible(block, at.proof.waiting, folds, trace)
-        at.probe.step()
         at.proof.step()
         found.groups = find_groups(trace, folds)
         for unsmoothed in smooth_block(found, self.recipe):
