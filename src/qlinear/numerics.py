@@ -137,12 +137,10 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: Ten
     return x.mul_(per_element(scale, fmt, codes.shape))
 
 
-def nearest_values(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: TensorFormat, out: Tensor | None = None
-) -> Tensor:
+def nearest_values(x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: TensorFormat) -> Tensor:
     """`dequantize` of `quantize` for float32 x, its scales such as broadcast against it: for searches, which keep no
-    codes. out: where to, x itself for one; new if None."""
-    return nearest_steps_(torch.div(x, scale, out=out), zero_point, fmt).mul_(scale)
+    codes."""
+    return nearest_steps_(x / scale, zero_point, fmt).mul_(scale)
 
 
 def nearest_steps_(scaled: Tensor, zero_point: Tensor | None, fmt: TensorFormat) -> Tensor:

@@ -49,11 +49,6 @@ class Descent:
         # Of the block at hand: where each column would be best, in steps, and how far it moves there.
         self._best, self._moved = steps.new_empty(2, min(self._block, len(steps)), steps.shape[1])
         self._columns = [each.unbind() for each in (self._best, self._moved, self.steps)]
-        self._pull, self._near = moment, [[0.0]]
-
-    def losses(self) -> Tensor:
-        """The loss of each row (out,)."""
-        return (self._targets - self._grid.values(self.steps)).mul_(self._gradient).sum(0)
 
     def restart(self, rows: Tensor, grid: ColumnGrid, steps: Tensor) -> None:
         """Begin some rows (out,) anew: on another grid, with its steps (in, out)."""
@@ -77,9 +72,7 @@ class Descent:
         torch.mul(steps, scale, out=change).neg_()
         gradient = self._rescaled(part, scale, within) if self._has_groups else self._gradient[part]
         torch.div(gradient, scale, out=best).mul_(self._per_curvature[part]).add_(steps)
-        self._pull = within * self._per_curvature[part]
-        self._near = [self._pull.diagonal(-distance).tolist() for distance in range(FEW)]
-        by_halves(0, count, FEW, lambda first, end: self._visit(start, first, end), self._carry_within)
+        self._round_block(start, count, within * self._per_curvature[part])
         change.addcmul_(steps.add_(self._moved[:count]), scale)
         self._gradient[part].addmm_(within, change, alpha=-1)
 
@@ -97,16 +90,22 @@ class Descent:
         scale += by
         return torch.addcmul(gradient, bend, by, value=-1, out=bend)
 
-    def _carry_within(self, moved: slice, to: slice) -> None:
-        self._best[to].addmm_(self._pull[to, moved], self._moved[moved], alpha=-1)
-
-    def _visit(self, block: int, start: int, stop: int) -> None:
+    def _round_block(self, block: int, count: int, pull: Tensor) -> None:
+        """Round a block's columns one by one. pull: what a move of one, in steps, does to the best place of each."""
         best, moved, steps = self._columns
-        for column in range(start, stop):
-            for before in range(start, column):
-                best[column].add_(moved[before], alpha=-self._near[column - before][before])
-            self._grid.round_(best[column], block)
-            torch.sub(best[column], steps[block + column], out=moved[column])
+        near = [pull.diagonal(-distance).tolist() for distance in range(FEW)]
+
+        def visit(start: int, stop: int) -> None:
+            for column in range(start, stop):
+                for before in range(start, column):
+                    best[column].add_(moved[before], alpha=-near[column - before][before])
+                self._grid.round_(best[column], block)
+                torch.sub(best[column], steps[block + column], out=moved[column])
+
+        def carry(done: slice, to: slice) -> None:
+            self._best[to].addmm_(pull[to, done], self._moved[done], alpha=-1)
+
+        by_halves(0, count, FEW, visit, carry)
 
 
 def row_losses(error: Tensor, moment: Tensor) -> Tensor:

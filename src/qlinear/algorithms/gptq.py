@@ -167,14 +167,11 @@ def _round(
     if grid == "least-error":
         qparams = least_error_qparams(aim, fmt, moment.diagonal(), group.scale_dtype, _RATIOS)
         found = ColumnGrid.of(qparams, fmt, weight.shape)
-    steps, rest = _propagate(targets, factor, found, out=steps)
-    values = found.values(steps)
-    gradient = factor.times(targets - values, rest.sub_(values[factor.order]))
-    descent = Descent(targets, steps, gradient, found, moment, group.scale_dtype)
-    losses = descent.losses()
+    gradient, losses = _begin(targets, factor, found, out=steps)
     kept = losses > rtn_losses
     if fmt.granularity in ("tensor", "block"):  # rows share scales, and are kept or not together
         kept = (losses.sum() > rtn_losses.sum()).expand_as(kept)
+    descent = Descent(targets, steps, gradient, found, moment, group.scale_dtype)
     if bool(kept.any()):
         descent.restart(kept, nearest, nearest.round_all_(_copied_columns(weight)))
     descent.run(sweeps)
@@ -186,9 +183,20 @@ def _copied_columns(weight: Tensor) -> Tensor:
     return weight.T.clone(memory_format=torch.contiguous_format)
 
 
-def _propagate(targets: Tensor, factor: Factor, grid: ColumnGrid, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Steps (in, out) on a grid that is given, each column rounded from its target; and those targets (in, out), in the
-    factor's order. out: for the steps."""
+def _begin(targets: Tensor, factor: Factor, grid: ColumnGrid, out: Tensor) -> tuple[Tensor, Tensor]:
+    """What the descent begins with: the steps that GPTQ gives, in `out`; their gradient (in, out), and the loss of each
+    row (out,)."""
+    rest = _propagate(targets, factor, grid, out)
+    values = grid.values(out)
+    rest.sub_(values[factor.order])
+    error = torch.sub(targets, values, out=values)
+    gradient = factor.times(error, whitened=rest)
+    return gradient, error.mul_(gradient).sum(0)
+
+
+def _propagate(targets: Tensor, factor: Factor, grid: ColumnGrid, out: Tensor) -> Tensor:
+    """Round each column from its target to steps on a grid that is given, in `out`; those targets (in, out), in the
+    factor's order."""
     order, upper = factor.order.tolist(), factor.upper
     rest, errors = targets[factor.order], torch.empty_like(targets)
     exact, target, error, step = targets.unbind(), rest.unbind(), errors.unbind(), out.unbind()
@@ -207,7 +215,7 @@ def _propagate(targets: Tensor, factor: Factor, grid: ColumnGrid, out: Tensor) -
         rest[to].addmm_(upper[done, to].T, errors[done])
 
     by_halves(0, len(order), FEW, visit, carry)
-    return out, rest
+    return rest
 
 
 def _rows(weight: QuantizedTensor, part: slice, of: int) -> QuantizedTensor:

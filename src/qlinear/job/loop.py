@@ -260,7 +260,9 @@ class Job:
         found = self._findings(block)
         if found.name == self.journal.done.blocks[-1]:
             _, self._likely = examine(block, at.probe.waiting, at.proof.waiting, (), self._shared[block])
-        for lane in (at.probe, at.proof, *(() if self.recipe.propagate else at.calibration)):
+        at.probe.step()
+        passes_now = not self.recipe.propagate and not self._is_last(at)
+        for lane in (at.proof, *(at.calibration if passes_now else ())):
             lane.step()
         left = self.ranks.first(lambda: self.journal.left_of(found.name))
         found.smoothing, found.refined = left.smoothing, left.refined
