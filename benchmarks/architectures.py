@@ -11,8 +11,8 @@ import sys
 import time
 import warnings
 
-from tests.sweep import CLASSES, Swept, sweep
-from tests.test_architectures import NOT_BUILT
+from tests.support.sweep import CLASSES, Swept, sweep
+from tests.tracing.test_architectures import NOT_BUILT
 from transformers.utils import logging
 
 

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
 
 import qlinear
 from qlinear import demo
-from qlinear.inputs import calibration_ids, evaluation_ids, open_model
+from qlinear.streaming.open_model import calibration_ids, evaluation_ids, open_model
 
 sys.path.insert(0, str(Path(__file__).absolute().parents[1] / "scripts"))
 import plant_demo

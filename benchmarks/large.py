@@ -24,8 +24,9 @@ import torch
 from quantize import GB, copy_tokenizer
 from transformers import LlamaConfig
 
-from qlinear.checkpoint import ShardWriter, skeleton
+from qlinear.checkpoint.writer import ShardWriter
 from qlinear.data import token_ids
+from qlinear.streaming.meta_model import skeleton
 
 SAMPLES, SEQ_LEN, EVALUATED = 8, 512, 512
 CGROUP = Path("/sys/fs/cgroup/memory/qlinear-benchmark")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from qlinear import ops
 from qlinear.functional import prepack, quantized_linear
 from qlinear.nn import QLinear, QRMSNorm
-from qlinear.ops import cpu
+from qlinear.ops import cpu_int8 as cpu
 
 # Calls that are timed together, one for each layer of a ring.
 Case = list[Callable[[], object]]

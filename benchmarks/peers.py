@@ -24,10 +24,10 @@ from torch import Tensor
 
 import qlinear
 from qlinear import demo
-from qlinear.evaluation import Evaluation
-from qlinear.inputs import calibration_ids, evaluation_ids, open_model
-from qlinear.numerics import quantize_tensor
-from qlinear.scheme import get_scheme
+from qlinear.api.evaluate import Evaluation
+from qlinear.formats.rounding import quantize_tensor
+from qlinear.formats.scheme import get_scheme
+from qlinear.streaming.open_model import calibration_ids, evaluation_ids, open_model
 
 sys.path.insert(0, str(Path(__file__).parent))
 from environments import LLMCOMPRESSOR, environment, run_peer

@@ -26,9 +26,9 @@ from transformers import LlamaConfig
 
 import qlinear
 from qlinear import demo
-from qlinear.checkpoint import Checkpoint
-from qlinear.evaluation import Evaluation, standard_error
-from qlinear.inputs import calibration_ids, evaluation_ids, open_model
+from qlinear.api.evaluate import Evaluation, standard_error
+from qlinear.checkpoint.reader import Checkpoint
+from qlinear.streaming.open_model import calibration_ids, evaluation_ids, open_model
 
 sys.path.insert(0, str(Path(__file__).parent))
 from environments import AUTOROUND, LLMCOMPRESSOR, environment, run_peer

@@ -31,10 +31,12 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from qlinear import demo
-from qlinear.checkpoint import Checkpoint, ShardWriter, skeleton
-from qlinear.checkpoint.streamed import compute_dtype
-from qlinear.device import CPU
-from qlinear.inputs import calibration_ids, open_model
+from qlinear.checkpoint.reader import Checkpoint
+from qlinear.checkpoint.writer import ShardWriter
+from qlinear.runtime.device import CPU
+from qlinear.streaming.meta_model import skeleton
+from qlinear.streaming.open_model import calibration_ids, open_model
+from qlinear.streaming.streamed_model import compute_dtype
 
 sys.path.insert(0, str(Path(__file__).parent))
 from environments import LLMCOMPRESSOR, SCRIPTS, environment

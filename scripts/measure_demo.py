@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from qlinear import demo
 from qlinear.data import tokenize
-from qlinear.numerics import quantize_tensor
-from qlinear.scheme import get_scheme
+from qlinear.formats.rounding import quantize_tensor
+from qlinear.formats.scheme import get_scheme
 
 SCHEME = get_scheme("w8a8")
 SEQ_LEN = 512

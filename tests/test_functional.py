@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qlinear.errors import QLinearError
 from qlinear.functional import linear, prepack, quantized_linear
-from qlinear.ops import cpu
+from qlinear.ops import cpu_int8 as cpu
 
 DTYPES = st.sampled_from([torch.int8, torch.uint8])
 

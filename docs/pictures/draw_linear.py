@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from qlinear.numerics import choose_qparams, dequantize, quantize
-from qlinear.scheme import TensorFormat
+from qlinear.formats.rounding import choose_qparams, dequantize, quantize
+from qlinear.formats.scheme import TensorFormat
 
 HERE = Path(__file__).parent
 INK, FAINT, WEIGHT, SCALE, INPUT = "#1f2933", "#9aa5b1", "#d9e8f6", "#f4a259", "#e3f1df"

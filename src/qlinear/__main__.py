@@ -1,5 +1,5 @@
 """`python -m qlinear`, which torchrun starts."""
 
-from .cli import main
+from .cli.commands import main
 
 main()

@@ -13,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qlinear.algorithms.descent import row_losses
-from qlinear.algorithms.gptq import Rounded, factorize, gptq
-from qlinear.algorithms.group import Group
-from qlinear.cores import Cores
+from qlinear.algorithms.base import Group
+from qlinear.algorithms.gptq import Rounded, gptq
+from qlinear.algorithms.parts.cholesky import factorize
+from qlinear.algorithms.parts.coordinate_descent import row_losses
 from qlinear.errors import NumericsError, SchemeError
-from qlinear.numerics import quantize_tensor
-from qlinear.scheme import Scheme, TensorFormat
+from qlinear.formats.rounding import quantize_tensor
+from qlinear.formats.scheme import Scheme, TensorFormat
+from qlinear.runtime.threads import Cores
 
 SCHEMES = [
     Scheme("int8", TensorFormat("int8", "channel")),

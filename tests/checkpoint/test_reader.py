@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qlinear.checkpoint import Checkpoint
+from qlinear.checkpoint.reader import Checkpoint
 from qlinear.errors import CheckpointError
 
 TENSORS = {

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from qlinear.checkpoint import Checkpoint, ShardWriter, clear, require_empty, require_space, write_atomically
+from qlinear.checkpoint.output_dir import clear, require_empty, require_space, write_atomically
+from qlinear.checkpoint.reader import Checkpoint
+from qlinear.checkpoint.writer import ShardWriter
 from qlinear.errors import OutputError
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.int32, torch.int64, torch.uint8]

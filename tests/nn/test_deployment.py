@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from qlinear.nn import QLinear
-from qlinear.ops import cpu
+from qlinear.ops import cpu_int8 as cpu
 
 
 class Range:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qlinear.errors import QLinearError, SchemeError
+from qlinear.formats.rounding import dequantize, quantize_tensor
+from qlinear.formats.scheme import SCHEMES, Scheme, TensorFormat, get_scheme
 from qlinear.nn import QLinear
-from qlinear.numerics import dequantize, quantize_tensor
-from qlinear.scheme import SCHEMES, Scheme, TensorFormat, get_scheme
 
 W4 = TensorFormat("int4", "group", group_size=8)
 INT8_TOKEN = TensorFormat("int8", "token", dynamic=True)

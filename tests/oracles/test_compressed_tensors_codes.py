@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qlinear.checkpoint.compressed_tensors import quantization_config
-from qlinear.numerics import choose_qparams, quantize_tensor
-from qlinear.numerics import quantize as our_quantize
-from qlinear.scheme import SCHEMES, Scheme, TensorFormat
+from qlinear.checkpoint.layouts.compressed_tensors import quantization_config
+from qlinear.formats.rounding import choose_qparams, quantize_tensor
+from qlinear.formats.rounding import quantize as our_quantize
+from qlinear.formats.scheme import SCHEMES, Scheme, TensorFormat
 
 FP8 = ["fp8", "fp8-static", "fp8-block"]
 INTEGER = sorted(set(SCHEMES) - set(FP8))

@@ -12,11 +12,11 @@ search   the sweep that alpha and awq share
 group    what they work on
 """
 
-from .alpha import search_alpha
+from .alpha_search import search_alpha
 from .awq import clip, search_scale
+from .base import Group
 from .gptq import gptq
-from .group import Group
-from .ranges import narrowed
+from .parts.static_range import narrowed
 from .rtn import round_to_nearest
 
 __all__ = ["Group", "clip", "gptq", "narrowed", "round_to_nearest", "search_alpha", "search_scale"]

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..numerics import QuantizedTensor, quantize, quantize_tensor
-from .grid import ENDS, least_error_qparams
-from .group import Group
-from .search import OFF, Point, Search, scale_at, search
+from ..formats.rounding import QuantizedTensor, quantize, quantize_tensor
+from .base import Group
+from .parts.clipping import ENDS, least_error_qparams
+from .parts.smoothing_search import OFF, Point, Search, scale_at, search
 
 POINTS = tuple(Point(i / 20, "awq") for i in range(20))
 

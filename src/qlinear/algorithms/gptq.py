@@ -23,16 +23,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..cores import each_core
 from ..errors import NumericsError
-from ..numerics import QuantizedTensor, choose_qparams, require_finite
-from ..scheme import TensorFormat
-from .columns import FEW, ColumnGrid, by_halves
-from .descent import Descent, row_losses
-from .factor import DAMPING, Factor, factorize
-from .fit import fitted
-from .grid import least_error_qparams
-from .group import Group
+from ..formats.rounding import QuantizedTensor, choose_qparams, require_finite
+from ..formats.scheme import TensorFormat
+from ..runtime.threads import each_core
+from .base import Group
+from .parts.cholesky import DAMPING, Factor, factorize
+from .parts.clipping import least_error_qparams
+from .parts.column_grid import FEW, ColumnGrid, by_halves
+from .parts.coordinate_descent import Descent, row_losses
+from .parts.input_error import fitted
 
 # Ranges to choose from: fewer than `grid.RATIOS`, since the descent moves the scales of groups on.
 _RATIOS = (1.0, 15 / 14, 0.92, 0.84, 0.76)

@@ -7,8 +7,8 @@ also what every other algorithm is measured against.
 import torch
 from torch import Tensor
 
-from ..numerics import QuantizedTensor, quantize_tensor
-from ..scheme import Scheme
+from ..formats.rounding import QuantizedTensor, quantize_tensor
+from ..formats.scheme import Scheme
 
 
 def round_to_nearest(

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..device import Lift
 from ..errors import CheckpointError, SourceLostError
-from .header import DTYPES, TensorInfo, parse_json, read_header
-from .pickled import read_pickled
+from ..runtime.device import Lift
+from .safetensors_header import DTYPES, TensorInfo, parse_json, read_header
+from .torch_bin import read_pickled
 
 _CHUNK = 4 << 20
 # Bytes that are converted at once: they and their copies stay in a core's cache.

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from ..errors import OutputError
-from .header import BITS, DTYPE_NAMES, DTYPES, read_header
-from .output import sync_folder, write_atomically, writing_to
+from .checksums import checksum
+from .output_dir import sync_folder, write_atomically, writing_to
 from .reader import Checkpoint, as_bytes
-from .verification import checksum
+from .safetensors_header import BITS, DTYPE_NAMES, DTYPES, read_header
 
 DEFAULT_SHARD_SIZE = 5 * 10**9
 # Some 700 tensors: more than a shard of a dense model holds, while one of many small experts closes early.

@@ -24,11 +24,11 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from ..checkpoint import Verification
-from ..evaluation import Evaluation
-from ..inspection import Inspection
-from ..job import Result
-from ..job.statistics import Calibration
+from ..api.calibrate import Calibration
+from ..api.evaluate import Evaluation
+from ..api.inspect import Inspection
+from ..checkpoint.checksums import Verification
+from ..pipeline.run import Result
 
 _WORST = 10
 _LINE_EVERY = 5.0

@@ -3,11 +3,11 @@
 `parallel`, which needs torch.distributed, is imported on its own.
 """
 
-from .fake_quant import FakeQuantLinear, convert, fake_quantize, prepare
+from .activation_range import input_range
 from .norms import QLayerNorm, QRMSNorm, silu_mul_quantize
+from .qat import FakeQuantLinear, convert, fake_quantize, prepare
 from .qlinear import QLinear
-from .ranges import input_range
-from .smoothed import SmoothedLinear
+from .smoothed_linear import SmoothedLinear
 
 __all__ = [
     "FakeQuantLinear",

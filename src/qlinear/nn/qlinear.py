@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..errors import QLinearError, SchemeError
-from ..numerics import (
+from ..formats.rounding import (
     QuantizedTensor,
     choose_qparams,
     dequantize,
@@ -24,7 +24,7 @@ from ..numerics import (
     quantize,
     quantize_tensor,
 )
-from ..scheme import Scheme, TensorFormat, get_scheme
+from ..formats.scheme import Scheme, TensorFormat, get_scheme
 
 _OPTIONAL = ("weight_zero_point", "input_scale", "input_zero_point", "migration_scale")
 

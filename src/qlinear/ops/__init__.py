@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu, producers, reference, weight_only
+from . import cpu_int8 as cpu
+from . import fused_quantize as producers
+from . import reference, weight_only
 from .reference import quantize_static
 
 _LIBRARY = torch.library.Library("qlinear", "DEF")  # type: ignore[no-untyped-call]

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..numerics import choose_qparams, quantize
-from ..scheme import TensorFormat
+from ..formats.rounding import choose_qparams, quantize
+from ..formats.scheme import TensorFormat
 
 TOKEN_INT8 = TensorFormat("int8", "token", dynamic=True)
 TOKEN_INT8_ASYMMETRIC = TensorFormat("int8", "token", symmetric=False, dynamic=True)

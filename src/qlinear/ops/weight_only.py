@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import int4, reference
+from . import reference
+from . import torch_int4 as int4
 
 # Elements of a float32 working copy: its rows suffice for a good product, and caches hold it.
 _CHUNK = 1 << 20

@@ -1,0 +1,119 @@
+"""Coordinate descent: codes and scales that are given, moved one by one to where the output error is least.
+
+    loss = tr(E H Eᵀ),  E = W - Q,  gradient G = E H
+
+GPTQ rounds each column once, when it does not know yet how those after it will come out. Here each column is rounded
+again with all others as they are: along one column the loss is a parabola, least at Q_j + G_j / H_jj, and of the values
+on a grid the nearest to that is the best. Likewise the scale of a group: with its codes q fixed the loss is a parabola
+in it, least at s + (G_g qᵀ) / (q H_gg qᵀ). No step raises the loss, so the result is never above what it began with.
+
+Columns are rows here, and are taken by halves (`columns`): what the left half changed reaches the right half's gradient
+in one product, and in all sweeps but the last the right half's change then reaches the left's, for the next. Inside a
+block, whose scale is one, it is not the gradient that is carried but Q_j + G_j / H_jj itself, in steps: a column then
+needs no more than to be rounded.
+"""
+
+import torch
+from torch import Tensor
+
+from .cholesky import PANEL
+from .column_grid import FEW, ColumnGrid, by_halves
+
+# Columns that are descended along together where a tile is no smaller.
+_BLOCK = 128
+
+
+class Descent:
+    """targets: the weight (in, out) float32. steps: where its codes stand, and grid: where they can; both are moved in
+    place. gradient: G of that (in, out) float32, which is taken over. moment: H, the mean of x xᵀ (in, in) float32.
+    scale_dtype: what scales are rounded to. Scales that serve whole rows, or several, stay as they are."""
+
+    def __init__(
+        self,
+        targets: Tensor,
+        steps: Tensor,
+        gradient: Tensor,
+        grid: ColumnGrid,
+        moment: Tensor,
+        scale_dtype: torch.dtype,
+    ) -> None:
+        self.steps, self._targets, self._gradient = steps, targets, gradient
+        self._grid, self._moment, self._scale_dtype = grid, moment, scale_dtype
+        self._has_groups = grid.format.granularity == "group"
+        self._block = grid.width if grid.format.granularity in ("group", "block") else _BLOCK
+        self._change = torch.empty_like(steps)
+        curvature = moment.diagonal()
+        self._per_curvature = (
+            torch.where(curvature > 0, 1 / curvature, 0.0).nan_to_num_(0.0, 0.0).unsqueeze(1)
+        )
+        # Of the block at hand: where each column would be best, in steps, and how far it moves there.
+        self._best, self._moved = steps.new_empty(2, min(self._block, len(steps)), steps.shape[1])
+        self._columns = [each.unbind() for each in (self._best, self._moved, self.steps)]
+
+    def restart(self, rows: Tensor, grid: ColumnGrid, steps: Tensor) -> None:
+        """Begin some rows (out,) anew: on another grid, with its steps (in, out)."""
+        self._grid.put_rows(rows, grid)
+        self.steps.copy_(torch.where(rows, steps, self.steps))
+        error = (self._targets - self._grid.values(self.steps))[:, rows]
+        self._gradient[:, rows] = self._moment @ error
+
+    def run(self, sweeps: int) -> None:
+        """Visit every column that many times."""
+        for left in reversed(range(sweeps)):
+            by_halves(0, len(self.steps), self._block, self._visit_block, self._carry, back=left > 0)
+
+    def _carry(self, moved: slice, to: slice) -> None:
+        self._gradient[to].addmm_(self._moment[to, moved], self._change[moved], alpha=-1)
+
+    def _visit_block(self, start: int, stop: int) -> None:
+        part, count = slice(start, stop), stop - start
+        steps, change, best = self.steps[part], self._change[part], self._best[:count]
+        scale, within = self._grid.scales[start // self._grid.width], self._moment[part, part]
+        torch.mul(steps, scale, out=change).neg_()
+        gradient = self._rescaled(part, scale, within) if self._has_groups else self._gradient[part]
+        torch.div(gradient, scale, out=best).mul_(self._per_curvature[part]).add_(steps)
+        self._round_block(start, count, within * self._per_curvature[part])
+        change.addcmul_(steps.add_(self._moved[:count]), scale)
+        self._gradient[part].addmm_(within, change, alpha=-1)
+
+    def _rescaled(self, part: slice, scale: Tensor, within: Tensor) -> Tensor:
+        """Move one group's scales to the least of their parabolas, as far as their dtype holds it; the gradient after
+        that, in the buffer for what is best."""
+        steps, gradient = self.steps[part], self._gradient[part]
+        bend, spare = self._best[: len(steps)], self._moved[: len(steps)]
+        slope = torch.mul(gradient, steps, out=spare).sum(0)
+        curvature = torch.mul(torch.mm(within, steps, out=bend), steps, out=spare).sum(0)
+        best = scale + slope / curvature.clamp(min=torch.finfo(torch.float32).tiny)
+        best = best.clamp(scale / 2, scale * 2).to(self._scale_dtype).float()
+        by = best - scale
+        by.masked_fill_((by * curvature - 2 * slope) * by >= 0, 0.0)
+        scale += by
+        return torch.addcmul(gradient, bend, by, value=-1, out=bend)
+
+    def _round_block(self, block: int, count: int, pull: Tensor) -> None:
+        """Round a block's columns one by one. pull: what a move of one, in steps, does to the best place of each."""
+        best, moved, steps = self._columns
+        near = [pull.diagonal(-distance).tolist() for distance in range(FEW)]
+
+        def visit(start: int, stop: int) -> None:
+            for column in range(start, stop):
+                for before in range(start, column):
+                    best[column].add_(moved[before], alpha=-near[column - before][before])
+                self._grid.round_(best[column], block)
+                torch.sub(best[column], steps[block + column], out=moved[column])
+
+        def carry(done: slice, to: slice) -> None:
+            self._best[to].addmm_(pull[to, done], self._moved[done], alpha=-1)
+
+        by_halves(0, count, FEW, visit, carry)
+
+
+def row_losses(error: Tensor, moment: Tensor) -> Tensor:
+    """e H eᵀ for each row e of a weight's error, given as columns (in, out): (out,). What is symmetric in H is computed
+    once."""
+    total = torch.zeros_like(error[0])
+    for start in range(0, len(error), PANEL):
+        part = slice(start, min(start + PANEL, len(error)))
+        into = torch.mm(moment[part, :start], error[:start]).mul_(2)
+        total += into.addmm_(moment[part, part], error[part]).mul_(error[part]).sum(0)
+    return total

@@ -1,0 +1,1 @@
+"""One file per public function; each function is one command."""

@@ -1,0 +1,136 @@
+"""`qlinear calibrate`: the statistics of a model's inputs alone, one decoder block in memory at a time."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.collect import calibrate
+from ..calibration.stats import InputStats
+from ..calibration.stats_file import Statistics, input_name, merged, require_writable, save_statistics
+from ..data import Source
+from ..runtime.device import CPU, as_device, moved
+from ..runtime.distributed import Ranks
+from ..streaming.lanes import Lane, batches_of
+from ..streaming.open_model import calibration_ids, open_model
+from ..streaming.streamed_model import StreamedModel
+from ..tracing.proof import run_in_float32
+from ..tracing.trace import Weight
+from .evaluate import Progress
+
+# A few real tokens show which weights multiply what; many pass through a block at once, but not so many as to be large.
+_SHOWN, _BATCH_TOKENS = (2, 16), 2048
+_ALONE = Ranks()
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What `write_statistics` did. out: the file. tokens: of the calibration set. modules: names of the weights whose
+    inputs were measured. idle: those that no token reached, experts of a mixture."""
+
+    out: str
+    seconds: float
+    tokens: int
+    modules: tuple[str, ...]
+    idle: tuple[str, ...]
+
+
+def write_statistics(
+    model: str | Path,
+    out: str | Path,
+    *,
+    calibration: Source = "demo",
+    samples: int = 128,
+    seq_len: int = 512,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = CPU,
+    seed: int = 0,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> Calibration:
+    """Pass a calibration set through a model, and write the statistics of every weight's input to a file.
+
+    out: `.safetensors`, or `.pth` for LMDeploy's form. The other arguments are those of `qlinear.quantize`.
+    Raises QLinearError, before any work, for whatever cannot be done; nothing is written then.
+    """
+    began, ranks = time.monotonic(), Ranks.present()
+    with ranks.together():
+        if ranks.leads:
+            require_writable(out, overwrite)
+        where = as_device(device)
+        source = open_model(model, dtype, trust_remote_code, revision, where)
+        source.checkpoint.require_unquantized()
+        tokens = calibration_ids(calibration, source, samples, seq_len, seed)
+    found = gather_statistics(source, tokens, progress, replace(ranks, device=where))
+    ranks.first(lambda: save_statistics(out, found))
+    return Calibration(
+        str(out), time.monotonic() - began, tokens.numel(), tuple(found.inputs), tuple(sorted(found.idle))
+    )
+
+
+@torch.no_grad()
+def gather_statistics(
+    source: StreamedModel,
+    tokens: Tensor,
+    progress: Progress = lambda stage, done, total: None,
+    ranks: Ranks = _ALONE,
+) -> Statistics:
+    """The statistics of every weight's input in the model's blocks, over token ids (n, seq_len), split over `ranks`."""
+    inputs: dict[str, InputStats] = {}
+    idle: set[str] = set()
+    rows = max(1, _BATCH_TOKENS // tokens.shape[1])
+    shown = tokens[: _SHOWN[0], : _SHOWN[1]]
+    batches = [*batches_of(shown, len(shown)), *ranks.part(batches_of(tokens, rows))]
+    with source.lanes(batches) as lanes:
+        while (block := lanes.at) is not None and block is not source.head:
+            progress("calibrating", source.position(block), len(source.blocks))
+            with source.loaded(block):
+                stats, unseen = _of_block(block, source.name_of(block), ranks, *lanes)
+            _add(inputs, stats)
+            idle |= unseen
+    progress("calibrating", len(source.blocks), len(source.blocks))
+    return Statistics(inputs, frozenset(idle - set(inputs)), source.checkpoint.fingerprint())
+
+
+def _of_block(
+    block: nn.Module, name: str, ranks: Ranks, shown: Lane, *calibration: Lane
+) -> tuple[dict[str, InputStats], set[str]]:
+    """The statistics of a block's weights by name, and the names of those that no token reached."""
+    trace = run_in_float32(block, shown.waiting)
+    found = calibrate(block, calibration, trace, name, ranks=ranks)
+    shown.step()
+    every = {weight for product in trace.products for weight in _slices(block, product.weight)}
+    linears = {Weight(f"{n}.weight") for n, module in block.named_modules() if isinstance(module, nn.Linear)}
+    in_order = dict.fromkeys([*(product.weight for product in trace.products), *found])
+    found = {weight: found[weight] for weight in in_order if weight in found}
+    return _named(found, name), {input_name(name, weight) for weight in (every | linears) - set(found)}
+
+
+def _slices(block: nn.Module, weight: Weight) -> list[Weight]:
+    """The weight, or all matrices of the stack that it is one of."""
+    if weight.index is None:
+        return [weight]
+    return [replace(weight, index=index) for index in range(weight.count(block))]
+
+
+def _named(found: Mapping[Weight, InputStats], block: str) -> dict[str, InputStats]:
+    """On the CPU, without their samples, which stay out of files; what was one for several weights is still one."""
+    bare = {
+        id(stats): moved(replace(stats, sample=stats.sample.new_empty(0, stats.sample.shape[1])), CPU)
+        for stats in found.values()
+    }
+    return {input_name(block, weight): bare[id(stats)] for weight, stats in found.items()}
+
+
+def _add(inputs: dict[str, InputStats], stats: Mapping[str, InputStats]) -> None:
+    """Count a block's statistics in; of a block that the model passes again, to what it saw the first time."""
+    joined: dict[int, InputStats] = {}
+    for name, new in stats.items():
+        if id(new) not in joined:
+            joined[id(new)] = merged(inputs[name], new) if name in inputs else new
+        inputs[name] = joined[id(new)]

@@ -1,0 +1,1 @@
+"""Statistics of what weights read, gathered while the calibration set passes."""

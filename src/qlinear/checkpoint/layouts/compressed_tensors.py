@@ -1,0 +1,211 @@
+"""The compressed-tensors layout, which vLLM, SGLang and transformers load.
+
+    format            weights                    tensors of a linear [N, K]
+    int-quantized     int8, input int8           weight i8 [N,K]; weight_scale [N,1]; weight_zero_point i8
+    pack-quantized    int4; int8, input float    weight_packed i32 [N,⌈K·bits/32⌉]; weight_scale; weight_shape [2];
+                                                 weight_zero_point i32, packed along N
+    float-quantized   fp8                        weight e4m3 [N,K]; weight_scale
+    static inputs     any of them                + input_scale [1]; input_zero_point i8 [1] if asymmetric
+
+Scales have `TensorFormat.scale_shape`. There is no place for a migration scale.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import CheckpointError, SchemeError
+from ...formats.packing import pack_words, unpack_words
+from ...formats.rounding import QuantizedTensor
+from ...formats.scheme import DType, Scheme, TensorFormat
+from .base import QuantizedLinear, Schemes, as_scheme
+
+_KNOWN_ARGS = {"num_bits", "type", "strategy", "symmetric", "dynamic", "group_size", "block_structure"}
+# What may stand in a config besides, and says nothing about how codes are read.
+_HARMLESS_ARGS = {"observer", "observer_kwargs", "actorder", "scale_dtype", "zp_dtype", "is_mx"}
+
+
+def quantization_config(schemes: Schemes, ignore: Sequence[str]) -> dict[str, Any]:
+    """See `Layout`. One scheme targets every Linear that is not ignored; several target modules by name."""
+    groups: dict[Scheme, list[str]] = {schemes: []} if isinstance(schemes, Scheme) else {}
+    for name, scheme in schemes.items() if isinstance(schemes, Mapping) else ():
+        groups.setdefault(scheme, []).append(name)
+    is_mixed = len(groups) > 1
+    formats = [_format(scheme) for scheme in groups]
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "mixed-precision" if is_mixed else next(iter(formats), "dense"),
+        "quantization_status": "compressed",
+        "ignore": list(ignore),
+        "config_groups": {
+            f"group_{i}": {
+                "targets": names if is_mixed else ["Linear"],
+                "weights": _to_args(scheme.weight),
+                "input_activations": None if scheme.activation is None else _to_args(scheme.activation),
+                **({"format": formats[i]} if is_mixed else {}),
+            }
+            for i, (scheme, names) in enumerate(groups.items())
+        },
+    }
+
+
+def schemes_from_config(config: Mapping[str, Any], linears: Mapping[str, nn.Module]) -> dict[str, Scheme]:
+    """See `Layout`. An exact name in `targets` goes before a pattern, and a pattern before a class."""
+    groups = [
+        (group["targets"], _from_group(group)) for group in dict(config.get("config_groups", {})).values()
+    ]
+    ignored = config.get("ignore") or []
+    found = {}
+    for name, module in linears.items():
+        ranks = [(_rank(name, module, targets), scheme) for targets, scheme in groups]
+        rank, scheme = min(ranks, key=lambda pair: pair[0], default=(_NO_MATCH, None))
+        if scheme is not None and rank < _NO_MATCH and _rank(name, module, ignored) == _NO_MATCH:
+            found[name] = scheme
+    return found
+
+
+def pack(name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
+    """See `Layout`; the table at the top."""
+    if linear.migration_scale is not None:
+        raise SchemeError(
+            f"{name} keeps a migration scale, which compressed-tensors has no place for: --format qlinear"
+        )
+    weight, tensors = linear.weight, {}
+    if _format(linear.scheme) == "pack-quantized":
+        tensors["weight_packed"] = pack_words(weight.codes, weight.format.bits)
+        tensors["weight_shape"] = torch.tensor(weight.codes.shape, dtype=torch.int64)
+        if weight.zero_point is not None:
+            zero = weight.zero_point.to(torch.int8)
+            tensors["weight_zero_point"] = pack_words(zero.mT, weight.format.bits).mT.contiguous()
+    else:
+        tensors["weight"] = weight.codes
+        if weight.zero_point is not None:
+            tensors["weight_zero_point"] = weight.zero_point.to(torch.int8)
+    tensors["weight_scale"] = weight.scale.to(linear.scale_dtype)
+    if linear.input_scale is not None:
+        tensors["input_scale"] = linear.input_scale
+    if linear.input_zero_point is not None:
+        tensors["input_zero_point"] = linear.input_zero_point.to(torch.int8)
+    return {f"{name}.{leaf}": tensor for leaf, tensor in tensors.items()}
+
+
+def unpack(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedLinear:
+    """See `Layout`; the table at the top."""
+    scale = require(name, "weight_scale", tensors)
+    zero = None if scheme.weight.symmetric else require(name, "weight_zero_point", tensors)
+    # Others leave 4-bit codes that meet int8 inputs unpacked, one to a byte.
+    if _format(scheme) == "pack-quantized" and f"{name}.weight" not in tensors:
+        rows, columns = require(name, "weight_shape", tensors).tolist()
+        codes = unpack_words(require(name, "weight_packed", tensors), scheme.weight.bits, columns)
+        zero = None if zero is None else unpack_words(zero.mT, scheme.weight.bits, rows).mT
+    else:
+        codes = require(name, "weight", tensors)
+    expected = scheme.weight.scale_shape(codes.shape)
+    weight = QuantizedTensor(
+        codes,
+        scale.float().reshape(expected),
+        None if zero is None else zero.float().reshape(expected),
+        scheme.weight,
+    )
+    is_static, activation = scheme.is_static, scheme.activation
+    input_zero = is_static and activation is not None and not activation.symmetric
+    return QuantizedLinear(
+        scheme,
+        weight,
+        scale.dtype,
+        require(name, "input_scale", tensors).float().reshape(1) if is_static else None,
+        require(name, "input_zero_point", tensors).float().reshape(1) if input_zero else None,
+    )
+
+
+def require(name: str, leaf: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The tensor `name.leaf`. Raises CheckpointError where there is none."""
+    full = f"{name}.{leaf}"
+    if full not in tensors:
+        raise CheckpointError(f"{full} is missing, though config.json says that {name} is quantized")
+    return tensors[full]
+
+
+def _format(scheme: Scheme) -> str:
+    """The name of the way in which a scheme's weights lie in the file."""
+    if scheme.weight.is_float:
+        return "float-quantized"
+    if scheme.weight.dtype == "uint8":
+        raise SchemeError(
+            f"scheme {scheme.name} has uint8 weights, which compressed-tensors cannot hold: use int8"
+        )
+    is_packed = scheme.activation is None or scheme.weight.bits == 4
+    return "pack-quantized" if is_packed else "int-quantized"
+
+
+def _to_args(fmt: TensorFormat) -> dict[str, Any]:
+    """compressed-tensors' QuantizationArgs of a format."""
+    args: dict[str, Any] = {
+        "num_bits": fmt.bits,
+        "type": "float" if fmt.is_float else "int",
+        "strategy": fmt.granularity,
+        "symmetric": fmt.symmetric,
+        "dynamic": fmt.dynamic,
+    }
+    if fmt.group_size is not None:
+        args["group_size"] = fmt.group_size
+    if fmt.block_size is not None:
+        args["block_structure"] = list(fmt.block_size)
+    if not fmt.symmetric:
+        args["zp_dtype"] = "torch.int8"
+    return args
+
+
+def _from_group(group: Mapping[str, Any]) -> Scheme:
+    """The scheme of a config group. Raises CheckpointError for what we cannot read."""
+    if group.get("weights") is None:
+        raise CheckpointError(
+            f"quantization_config quantizes no weights of {group['targets']}: cannot be read here"
+        )
+    inputs = group.get("input_activations")
+    return as_scheme(_from_args(group["weights"]), None if inputs is None else _from_args(inputs))
+
+
+def _from_args(args: Mapping[str, Any]) -> TensorFormat:
+    """The format of compressed-tensors' QuantizationArgs, their defaults filled in as that package does."""
+    given = {key for key, value in args.items() if value is not None}
+    kinds: dict[tuple[str, int], DType] = {
+        ("int", 8): "int8",
+        ("int", 4): "int4",
+        ("float", 8): "float8_e4m3fn",
+    }
+    kind = kinds.get((args.get("type") or "int", args.get("num_bits") or 8))
+    group, block = args.get("group_size"), args.get("block_structure")
+    strategy: Any = args.get("strategy") or (
+        "tensor" if group is None else "channel" if group == -1 else "group"
+    )
+    is_readable = (
+        strategy in ("tensor", "channel", "token", "group", "block") and args.get("actorder") != "group"
+    )
+    if kind is None or not is_readable or not given <= _KNOWN_ARGS | _HARMLESS_ARGS:
+        raise CheckpointError(f"quantization_config has {dict(args)}, which cannot be read here")
+    return TensorFormat(
+        kind,
+        strategy,
+        group_size=group if strategy == "group" else None,
+        block_size=(block[0], block[1]) if block is not None and strategy == "block" else None,
+        symmetric=args.get("symmetric", True),
+        dynamic=bool(args.get("dynamic", False)),
+    )
+
+
+_NO_MATCH = 3
+
+
+def _rank(name: str, module: nn.Module, targets: Iterable[str]) -> int:
+    """How a linear is matched: 0 by its name, 1 by a pattern (from its start), 2 by a class, 3 not at all."""
+    targets = list(targets)
+    if name in targets:
+        return 0
+    if any(t.startswith("re:") and re.match(t.removeprefix("re:"), name) for t in targets):
+        return 1
+    classes = {base.__name__ for base in type(module).__mro__}
+    return 2 if classes & set(targets) else _NO_MATCH

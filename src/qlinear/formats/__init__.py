@@ -1,0 +1,1 @@
+"""What a number means: schemes, rounding, and how codes are packed."""

@@ -1,0 +1,1 @@
+"""What the job writes: shards, journal, model card."""

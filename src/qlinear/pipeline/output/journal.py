@@ -1,0 +1,217 @@
+"""What a run has finished, so that one that was killed goes on from there and gives the same bytes.
+
+OUT/.qlinear holds, until the result is whole:
+
+    lock                  held while a process writes there; the system lets go of it when the process dies
+    journal.json          settings, finished blocks, and where the shards ended when the last of them was written
+    BLOCK.safetensors     the smoothing of a finished block, by which its part of the calibration is done again
+
+A block is in the journal after its tensors are on the disk; whatever lies in the shards behind that is cut off.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ...checkpoint.output_dir import clear, write_atomically, writing_to
+from ...checkpoint.writer import ShardWriter
+from ...errors import OutputError
+from ...streaming.streamed_model import StreamedModel
+from ...tracing.trace import Weight
+from ..block_state import Findings, Layer
+from ..smoothing import Smoothing
+from .sink import Done, Left, Sink
+
+_FOLDER = ".qlinear"
+
+
+class Journal:
+    """The journal of a run into `out`; `open` takes it up or begins it, `remove` ends it.
+
+    done: what an earlier run with the same settings has finished. shards: the writer's state then, None if it began
+    nothing.
+    """
+
+    def __init__(self, out: Path, settings: Mapping[str, Any], lock: int) -> None:
+        self.folder, self.settings = out / _FOLDER, dict(settings)
+        self.done = Done()
+        self.shards: dict[str, Any] | None = None
+        self._lock = lock
+        self._thread = ThreadPoolExecutor(1, "journal")
+        self._pending: Future[None] | None = None
+
+    @classmethod
+    def open(cls, out: str | Path, settings: Mapping[str, Any]) -> "Journal":
+        """Take up the journal in `out`, or begin one. Raises OutputError where another run writes there, or where an
+        unfinished one had other settings, which are named."""
+        folder = Path(out) / _FOLDER
+        with writing_to(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        self = cls(Path(out), settings, _locked(folder))
+        file = folder / "journal.json"
+        if file.is_file():
+            self._take_up(json.loads(file.read_text()))
+        else:
+            write_atomically(file, self._entry(None))
+        return self
+
+    def _take_up(self, found: Mapping[str, Any]) -> None:
+        before = found["settings"]
+        differ = [
+            f"{key} was {before.get(key)!r} and is now {self.settings.get(key)!r}"
+            for key in sorted({*before, *self.settings})
+            if before.get(key) != self.settings.get(key)
+        ]
+        if differ:
+            self.close()
+            raise OutputError(
+                f"{self.folder.parent} holds an unfinished run with other settings ({'; '.join(differ)}): "
+                "use those, choose another folder, or start anew with --no-resume"
+            )
+        layers = [Layer(**layer | {"curve": tuple(map(tuple, layer["curve"]))}) for layer in found["layers"]]
+        self.done = Done(found["blocks"], layers, found["warnings"])
+        self.shards = found["shards"]
+
+    def record(self, found: Findings, layers: Sequence[Layer], warnings: Sequence[str], writer: Sink) -> None:
+        """A block is finished, and in the shards: it is made durable, and noted, while the next one is worked on."""
+        self.settle()
+        file, smoothing = self._file(len(self.done.blocks)), _left_as_bytes(found)
+        shards, sync = writer.commit()
+        self.done = Done([*self.done.blocks, found.name], list(layers), list(warnings))
+        entry = self._entry(shards)
+
+        def save() -> None:
+            sync()
+            write_atomically(file, smoothing)
+            write_atomically(self.folder / "journal.json", entry)
+
+        self._pending = self._thread.submit(save)
+
+    def settle(self) -> None:
+        """Wait until what was recorded is on the disk. Raises OutputError if it cannot be written."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def _entry(self, shards: dict[str, Any] | None) -> bytes:
+        """The journal as it is to be on the disk."""
+        layers = [{key: getattr(layer, key) for key in Layer.__slots__} for layer in self.done.layers]
+        entry = {
+            "settings": self.settings, "blocks": self.done.blocks, "layers": layers,
+            "warnings": self.done.warnings, "shards": shards,
+        }  # fmt: skip
+        return json.dumps(entry).encode()
+
+    def left_of(self, block: str) -> Left:
+        """What a finished block was left with."""
+        smoothing = Smoothing()
+        with safe_open(self._file(self.done.blocks.index(block)), "pt") as stored:
+            names = stored.metadata()
+            for part in ("columns", "rows", "migration"):
+                into: dict[Weight, Tensor] = getattr(smoothing, part)
+                for i, key in enumerate(json.loads(names[part])):
+                    into[Weight(*key)] = stored.get_tensor(f"{part}.{i}")
+            changed, refined = (
+                {name: stored.get_tensor(f"{part}.{i}") for i, name in enumerate(json.loads(names[part]))}
+                for part in ("changed", "refined")
+            )
+        return Left(smoothing, changed, refined)
+
+    def _file(self, position: int) -> Path:
+        return self.folder / f"block-{position:05d}.safetensors"
+
+    def close(self) -> None:
+        """Let go of the folder, which another run may then take up."""
+        self._thread.shutdown()  # what is on its way gets there
+        os.close(self._lock)
+
+    def remove(self) -> None:
+        """The result is whole: nothing is left to be taken up."""
+        self._thread.shutdown()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.close()
+
+
+def begin(out: Path, settings: Mapping[str, Any], max_shard_size: int) -> tuple[ShardWriter, Journal]:
+    """What writes a run into `out` and remembers it: taken up where an earlier one left off, or new."""
+    journal = Journal.open(out, settings)
+    try:
+        if journal.shards is None:
+            clear(out)
+            return ShardWriter(out, max_shard_size), journal
+        return ShardWriter.resume(out, journal.shards), journal
+    except BaseException:
+        journal.close()
+        raise
+
+
+def identity(source: StreamedModel, tokens: Tensor | None) -> dict[str, str]:
+    """What, besides its settings, decides what a run writes: the model, the text, and who computes."""
+    text = "none" if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
+    packages = {name: version(name) for name in ("qlinear", "torch", "transformers")}
+    model = source.checkpoint.fingerprint()[:16]
+    return {"model": model, "calibration": text, "device": source.device.type, **packages}
+
+
+def is_unfinished(out: str | Path) -> bool:
+    """Whether a folder holds the remains of a run."""
+    return (Path(out) / _FOLDER).is_dir()
+
+
+def can_be_taken_up(out: str | Path) -> bool:
+    """Whether a folder holds a run that got as far as its journal: its weights were found to be sound."""
+    return (Path(out) / _FOLDER / "journal.json").is_file()
+
+
+def discard(out: str | Path) -> None:
+    """Give up an unfinished run. Raises OutputError where it is still at work."""
+    folder = Path(out) / _FOLDER
+    if folder.is_dir():
+        lock = _locked(folder)
+        shutil.rmtree(folder)
+        os.close(lock)
+
+
+def _locked(folder: Path) -> int:
+    """The folder's lock, held. Raises OutputError if another process holds it."""
+    with writing_to(folder):
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise OutputError(
+            f"another run is writing to {folder.parent}: wait for it, or choose another folder"
+        ) from None
+    return lock
+
+
+def _left_as_bytes(found: Findings) -> bytes:
+    """Everything that smoothing and refining did to a block, beside its codes, as a safetensors file."""
+    smoothing, names = found.smoothing, {}
+    tensors: dict[str, Tensor] = {}
+    for part, of_weights in (
+        ("columns", smoothing.columns), ("rows", smoothing.rows), ("migration", smoothing.migration),
+    ):  # fmt: skip
+        names[part] = json.dumps([[w.name, w.transposed, w.index, w.slices] for w in of_weights])
+        tensors |= {f"{part}.{i}": _copied(vector) for i, vector in enumerate(of_weights.values())}
+    changed = {name: found.block.get_parameter(name).detach() for name in sorted(smoothing.changed)}
+    for part, by_name in (("changed", changed), ("refined", found.refined)):
+        names[part] = json.dumps(list(by_name))
+        tensors |= {f"{part}.{i}": _copied(vector) for i, vector in enumerate(by_name.values())}
+    return bytes(save(tensors, names))
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", copy=True).contiguous()

@@ -1,0 +1,1 @@
+"""A checkpoint as a model whose blocks are in memory one at a time."""

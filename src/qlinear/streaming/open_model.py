@@ -1,0 +1,72 @@
+"""What a user names, opened: a model (a folder, a Hub id, `demo`), and text for it (a file, a Hub id, `demo`, ids)."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .. import demo
+from ..checkpoint.reader import Checkpoint
+from ..data import Source, load_tokenizer, token_ids
+from ..errors import SchemeError
+from ..runtime.device import CPU
+from .streamed_model import StreamedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoint:
+    """The checkpoint in a folder, of a Hub id, or the embedded one. Raises CheckpointError if it is none."""
+    return Checkpoint.open(demo.checkpoint_path() if str(model) == "demo" else model, revision)
+
+
+def open_model(
+    model: str | Path,
+    dtype: str | torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    device: torch.device = CPU,
+    computes: bool = True,
+) -> StreamedModel:
+    """A checkpoint as a model that is ready to be streamed; nothing but headers has been read.
+
+    computes: whether it will; if not, and no dtype is asked for, weights are left in the file's, the quickest to read.
+    """
+    # A path is called by its last part; `demo` and Hub ids by themselves, not by the folder that they lead to.
+    name = Path(model).name if Path(model).is_dir() else str(model)
+    checkpoint, wanted = open_checkpoint(model, revision), parse_dtype(dtype)
+    if wanted is None and not computes:
+        wanted = checkpoint.matrix_dtype
+    return StreamedModel(checkpoint, wanted, trust_remote_code, name, device)
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A dtype by its name in torch. Raises SchemeError for one that nothing can be computed in."""
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in known:
+        raise SchemeError(f"dtype must be one of {', '.join(known)}; got {dtype!r}")
+    return known[dtype]
+
+
+def calibration_ids(text: Source, model: StreamedModel, samples: int, seq_len: int, seed: int) -> Tensor:
+    """Token ids (n, seq_len) to calibrate a model with, chosen by `seed`. Raises DataError."""
+    source = demo.calibration_text() if isinstance(text, str) and text == "demo" else text
+    return _ids(source, model, samples, seq_len, seed)
+
+
+def evaluation_ids(text: Source, model: StreamedModel, tokens: int, seq_len: int) -> Tensor:
+    """The first `tokens` token ids of a text, as (n, seq_len), to evaluate a model on. Raises DataError."""
+    source = demo.evaluation_text() if isinstance(text, str) and text == "demo" else text
+    seq_len = min(seq_len, tokens)
+    return _ids(source, model, tokens // seq_len, seq_len, None)
+
+
+def _ids(source: Source, model: StreamedModel, samples: int, seq_len: int, seed: int | None) -> Tensor:
+    def tokenizer() -> "PreTrainedTokenizerBase":
+        return load_tokenizer(model.checkpoint.path, trust_remote_code=model.trust_remote_code)
+
+    return token_ids(source, samples, seq_len, config=model.model.config, tokenizer=tokenizer, seed=seed)

@@ -1,0 +1,299 @@
+"""A checkpoint, quantized or not, as a model whose blocks are in memory only while they are used."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint.dequantized_view import DenseView
+from ..checkpoint.reader import Checkpoint
+from ..errors import CheckpointError
+from ..formats.scheme import Scheme
+from ..nn import QLinear, SmoothedLinear
+from ..ops.weight_only import multiplies_in
+from ..runtime.device import CPU, computes_in, within_memory
+from .diagnose import blamed
+from .find_blocks import find_blocks
+from .lanes import Lanes
+from .meta_model import skeleton
+from .prefetch import Ahead
+from .spill import Spill
+from .weight_map import NameMap
+
+
+class StreamedModel:
+    """The causal language model of a checkpoint, with all parameters on meta until asked for.
+
+    checkpoint: where they come from. dtype: what it computes in; None leaves the file's own dtype, except on
+    processors that only emulate it, where float32 is several times faster. name: what to call it, by default the
+    folder's name. device: where it computes. blocks: its decoder blocks by name.
+    head: the output head, and head_name. schemes: of the linears that the checkpoint holds quantized.
+    Raises CheckpointError if the model cannot be built or lacks tensors.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype | None = None,
+        trust_remote_code: bool = False,
+        name: str | None = None,
+        device: torch.device = CPU,
+    ) -> None:
+        self.checkpoint, self.trust_remote_code, self.device = checkpoint, trust_remote_code, device
+        self.name = name or checkpoint.path.name
+        self.model = skeleton(checkpoint.path, dtype, trust_remote_code=trust_remote_code)
+        self.dtype = dtype or compute_dtype(self.model.dtype, device)
+        if self.dtype != self.model.dtype:
+            self.model = skeleton(checkpoint.path, self.dtype, trust_remote_code=trust_remote_code)
+        self._view = DenseView.of(checkpoint)
+        _replace_transposed(self.model, self._view.schemes)
+        self.names = NameMap(self.model, self._view, device)
+        self._ahead = None if device == CPU else Ahead(self.names)
+        self._hold_vectors()
+        _move_buffers(self.model, device)
+        self.blocks = find_blocks(self.model)
+        self.head: nn.Module = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        self.head_name: str = next(name for name, m in self.model.named_modules() if m is self.head)
+        self.schemes = self._find_schemes()
+        self._name_of: dict[int, str] = {id(block): name for name, block in self.blocks.items()} | {
+            id(self.head): self.head_name
+        }
+
+    def name_of(self, block: nn.Module) -> str:
+        """A block's, or the head's, name in the model."""
+        return self._name_of[id(block)]
+
+    def position(self, block: nn.Module) -> int:
+        """How many blocks stand before this one in the module tree."""
+        return list(self.blocks).index(self.name_of(block))
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The dtype in which the file holds a parameter of the model."""
+        return self.checkpoint.info(self.names.sources(name)[0]).dtype
+
+    def scheme_of(self, name: str) -> Scheme | None:
+        """How the checkpoint holds a linear, or a stack of experts by its parameter's name; None if in float."""
+        if name in self.schemes:
+            return self.schemes[name]
+        sources = self.names.sources(name) if name in self.names.names_in("") else []
+        return self._view.schemes.get(sources[0].removesuffix(".weight")) if sources else None
+
+    @property
+    def block_nbytes(self) -> int:
+        """Bytes of the largest block's parameters in memory, in what is computed in."""
+        sizes = [sum(p.numel() for p in block.parameters()) for block in self.blocks.values()]
+        return max(sizes) * self.dtype.itemsize
+
+    @contextmanager
+    def lanes(self, batches: Sequence[Mapping[str, Any]], spill: Spill | None = None) -> Iterator[Lanes]:
+        """The batches as lanes through the model, standing before the first block; `spill` as for `Lanes`.
+
+        What lies outside of the blocks stays in memory, but for the tables of embeddings: every lane has read them by
+        then, and they can be as large as several blocks. Raises StructureError where the model cannot be run.
+        """
+        stops = [*self.blocks.values(), self.head]
+        with (
+            blamed(self._twin),
+            within_memory(self.device),
+            self._outside_loaded(),
+            Lanes(self.model, stops, [_on(self.device, batch) for batch in batches], spill) as lanes,
+            self._tables_left_out(),
+        ):
+            yield lanes
+
+    @contextmanager
+    def _outside_loaded(self) -> Iterator[None]:
+        """While open, what lies outside of the blocks is in memory."""
+        outside = self._outside()
+        for part in outside:
+            self.names.materialize(part)
+        try:
+            yield
+        finally:
+            if self._ahead is not None:
+                self._ahead.drop()
+            for part in outside:
+                self.names.release(part)
+
+    def _twin(self) -> tuple[nn.Module, Mapping[str, nn.Module]]:
+        """The same model without its weights, and its blocks."""
+        twin = StreamedModel(self.checkpoint, self.dtype, self.trust_remote_code)
+        return twin.model, twin.blocks
+
+    @contextmanager
+    def _tables_left_out(self) -> Iterator[None]:
+        """While open, tables of embeddings are not in memory; one that is called again is read again."""
+
+        def read_again(name: str) -> Callable[..., None]:
+            return lambda *_: self.names.materialize(name)
+
+        inside = tuple(f"{name}." for name in self.blocks)
+        tables = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.Embedding)}
+        hooks = []
+        for name, table in tables.items():
+            if not name.startswith(inside):
+                self.names.release(name, reuse=False)
+                hooks.append(table.register_forward_pre_hook(read_again(name)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @contextmanager
+    def loaded(self, block: nn.Module) -> Iterator[nn.Module]:
+        """While open, the weights of a block (or the head) are in memory, and the next block's are read ahead.
+
+        Yields what has them: the block itself, but of a quantized head what stands in its place.
+        """
+        name = self.name_of(block)
+        with within_memory(self.device):
+            self._materialize(name)
+            if block is not self.head:
+                self.expect(block)
+            try:
+                yield self.model.get_submodule(name)
+            finally:
+                if self._ahead is not None:
+                    self._ahead.settle()
+                self.names.release(name)
+                for linear in self._quantized_in(name):
+                    self.model.set_submodule(linear, _placeholder(self.model.get_submodule(linear)))
+
+    @contextmanager
+    def read_ahead(self) -> Iterator[None]:
+        """While open, the next block is read into memory, and not only into the system's, while one is worked on."""
+        before, self._ahead = self._ahead, self._ahead or Ahead(self.names)
+        try:
+            yield
+        finally:
+            self._ahead.drop()
+            self._ahead = before
+
+    def expect(self, block: nn.Module) -> None:
+        """Have the block after this one read ahead: up to an accelerator, or by the system, into its page cache."""
+        for following in list(self.blocks)[self.position(block) + 1 :][:1]:
+            if self._ahead is not None and not self._quantized_in(following):
+                self._ahead.begin(following)
+                continue
+            sources = (self.names.sources(name) for name in self.names.names_in(following))
+            self._view.expect(dict.fromkeys(chain.from_iterable(sources)))
+
+    def load(self) -> nn.Module:
+        """The whole model in memory, for good."""
+        self._materialize("")
+        return self.model
+
+    def _materialize(self, part: str) -> None:
+        quantized = self._quantized_in(part)
+        if not quantized:
+            ahead = {} if self._ahead is None else self._ahead.take(part)
+            self.names.assign(part, ahead | self.names.load(part, ahead))
+            return
+        covered = tuple(f"{name}." for name in quantized)
+        for name in self.names.names_in(part):
+            if not name.startswith(covered):
+                self.names.materialize(name)
+        for name in quantized:
+            self.model.set_submodule(name, self._quantized_linear(name))
+
+    def _quantized_in(self, part: str) -> list[str]:
+        return [name for name in self.schemes if not part or f"{name}.".startswith(f"{part}.")]
+
+    def _quantized_linear(self, name: str) -> QLinear:
+        module = self.names.source_module(name)
+        held = self._view.linear(module)
+        bias = self.checkpoint.read(f"{module}.bias") if f"{module}.bias" in self.checkpoint.tensors else None
+        layer = QLinear.from_quantized(
+            held.weight,
+            None if bias is None else bias.to(self.dtype),
+            held.scheme,
+            migration_scale=held.migration_scale,
+            dtype=self.dtype,
+        )
+        if held.input_scale is not None:
+            layer.input_scale = held.input_scale
+        if held.input_zero_point is not None and held.scheme.activation is not None:
+            layer.input_zero_point = held.input_zero_point.to(held.scheme.activation.storage)
+        return layer.to(self.device)
+
+    def _hold_vectors(self) -> None:
+        """Have the float linears that keep a smoothing vector divide their inputs by it."""
+        made: dict[str, SmoothedLinear] = {}
+        # One that stands in several places is smoothed in all of them.
+        modules = list(self.model.named_modules(remove_duplicate=False)) if self._view.holders else []
+        for name, module in modules:
+            if not isinstance(module, nn.Linear) or not self.names.is_one_tensor(name):
+                continue
+            stored = self.names.source_module(name)
+            if stored in self._view.holders:
+                if stored not in made:
+                    vector = self.checkpoint.read(f"{stored}.migration_scale")
+                    made[stored] = SmoothedLinear.from_float(module, vector)
+                self.model.set_submodule(name, made[stored])
+        if unknown := sorted(self._view.holders - made.keys()):
+            raise CheckpointError(
+                f"{self.checkpoint.path} says in config.json that {unknown[0]} holds a migration scale, but the model "
+                "has no such linear: give the config.json that was written with the weights"
+            )
+
+    def _find_schemes(self) -> dict[str, Scheme]:
+        """The scheme of each linear that the checkpoint holds quantized, by the model's names."""
+        linears = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
+        modules = {
+            name: self.names.source_module(name)
+            for name in linears
+            if self._view.schemes and self.names.is_one_tensor(name)
+        }
+        return {name: self._view.schemes[m] for name, m in modules.items() if m in self._view.schemes}
+
+    def _outside(self) -> list[str]:
+        """Parameters and buffers that lie in no block and not in the output head."""
+        inside = (*(f"{name}." for name in self.blocks), f"{self.head_name}.")
+        return [name for name in self.names.names_in("") if not name.startswith(inside)]
+
+
+def transposed_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """The linears that store their weight as (in, out), by name: transformers' `Conv1D`, GPT-2's."""
+    from transformers.pytorch_utils import Conv1D
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, Conv1D)}
+
+
+def _replace_transposed(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
+    """Put an `nn.Linear` in the place of each transposed linear that a file holds quantized, as (out, in)."""
+    for name, module in transposed_linears(model).items() if schemes else ():
+        # The file may leave out the name of the outermost module, as GPT-2's does.
+        if any(name == stored or name.endswith(f".{stored}") for stored in schemes):
+            width, out_features = module.get_parameter("weight").shape
+            linear = nn.Linear(width, out_features, device="meta", dtype=module.get_parameter("weight").dtype)
+            model.set_submodule(name, linear.requires_grad_(False))
+
+
+def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The stored dtype where the device multiplies in it, else float32."""
+    is_native = multiplies_in(stored) if device == CPU else computes_in(stored, device)
+    return stored if is_native else torch.float32
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Put what a model computed when it was built (rotary tables, masks) on the device; shared ones stay shared."""
+    moved: dict[int, Tensor] = {}
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = moved.setdefault(id(buffer), buffer.to(device))
+
+
+def _on(device: torch.device, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a model call, with tensors on the device."""
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+def _placeholder(layer: nn.Module) -> nn.Linear:
+    """A linear without weights in the place of one that has left memory."""
+    assert isinstance(layer, QLinear)
+    return nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")

@@ -1,0 +1,133 @@
+"""The structure of a model that has no weights in memory: one block of each kind is run with random ones (`imagined`).
+
+Who feeds whom does not depend on what the weights are.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..streaming.diagnose import blamed
+from ..streaming.lanes import Lanes, batches_of
+from ..streaming.random_weights import (
+    TOKENS,
+    each_kind_once,
+    few_ids,
+    imagined_ids,
+    kind_of,
+    longest,
+    random_weights,
+    repeated,
+)
+from .folds import InputGroup, find_groups
+from .proof import examine
+
+_DTYPE = Tensor.dtype.__get__  # type: ignore[attr-defined]
+# What a model may do to its weights as it runs; a repeated column cannot be written to.
+_RESCALING = {Tensor.div_, Tensor.mul_}
+
+
+def sketch(model: nn.Module, blocks: Mapping[str, nn.Module], head: nn.Module) -> dict[str, list[InputGroup]]:
+    """The input groups of every block that a text passes through, by the block's name.
+
+    model: with its parameters on meta, in float32. Blocks whose parameters have the same names and shapes are of one
+    kind, and what is found in the first of a kind holds for all.
+    """
+    name_of = {id(block): name for name, block in blocks.items()}
+    kinds: dict[Any, tuple[list[InputGroup], list[Any]]] = {}
+    found: dict[str, list[InputGroup]] = {}
+    stops = [*blocks.values(), head]
+    shapes = (TOKENS, 1), (2, longest(model))
+    batches = [batch for shape in shapes for batch in batches_of(imagined_ids(model, *shape), shape[0])]
+    with (
+        blamed(lambda: (model, blocks)),
+        torch.no_grad(),
+        _OneColumn(),
+        random_weights(_outside(model, stops)),
+        Lanes(model, stops, batches) as lanes,
+    ):
+        while (block := lanes.at) is not None and block is not head:
+            kind = kind_of(block)
+            if kind not in kinds:
+                kinds[kind] = _examined(block, lanes)
+            groups, outputs = kinds[kind]
+            found[name_of[id(block)]] = groups
+            for lane, output in zip(lanes, outputs, strict=True):
+                lane.advance(output)
+    return found
+
+
+def consulted(model: nn.Module, blocks: Mapping[str, nn.Module]) -> frozenset[str]:
+    """The linears whose weight a model needs as floats, by name.
+
+    Either it asks for the weight's dtype, to cast an input to it, and codes would tell it int8; or it rescales the
+    weight as it runs, as RWKV does. model: with its parameters on meta, in any dtype; what its forward changes in it
+    stays changed. As in `sketch`, what is found in the first block of a kind holds for all.
+    """
+    kinds = {name: kind_of(block) for name, block in blocks.items()}
+    first = {kind: name for name, kind in reversed(kinds.items())}
+    with (
+        blamed(lambda: (model, blocks)),
+        torch.no_grad(),
+        _OneColumn(),
+        random_weights(model.modules(), repeated),
+        _Consulted(model) as seen,
+        each_kind_once(blocks),
+    ):
+        model(few_ids(model), use_cache=False)
+    alike = [(name, first[kind]) for name, kind in kinds.items()]
+    return frozenset(seen.names).union(
+        name + asked.removeprefix(shown)
+        for name, shown in alike
+        for asked in seen.names
+        if asked.startswith(f"{shown}.")
+    )
+
+
+class _Consulted(TorchFunctionMode):
+    """Notes the linears whose weight's dtype is asked for, or which are rescaled."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        linears = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear))
+        self._names = {id(linear.weight): name for name, linear in linears}
+        self.names: set[str] = set()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        rescales = func in _RESCALING and args[0].dim() > 1 and args[0].stride(-1) == 0
+        if (rescales or func == _DTYPE) and id(args[0]) in self._names:
+            self.names.add(self._names[id(args[0])])
+        return args[0] if rescales else func(*args, **(kwargs or {}))
+
+
+class _OneColumn(TorchFunctionMode):
+    """Multiplies by a matrix that is one column repeated as what it is, a sum and an outer product, not in full."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.linear and len(args) > 1 and args[1].dim() == 2 and args[1].stride(-1) == 0:
+            bias = args[2] if len(args) > 2 else (kwargs or {}).get("bias")
+            y = args[0].sum(-1, keepdim=True) * args[1][:, 0]
+            return y if bias is None else y + bias
+        return func(*args, **(kwargs or {}))
+
+
+def _examined(block: nn.Module, lanes: Lanes) -> tuple[list[InputGroup], list[Any]]:
+    """The groups of a block, and what it answers each lane."""
+    probe, proof = (lane.waiting for lane in lanes)
+    with random_weights(block.modules()):
+        trace, folds = examine(block, probe, proof)
+        return find_groups(trace, folds), [probe.run(), proof.run()]
+
+
+def _outside(model: nn.Module, stops: list[nn.Module]) -> list[nn.Module]:
+    """The modules that lie in none of `stops`."""
+    inside = {id(module) for stop in stops for module in stop.modules()}
+    return [module for module in model.modules() if id(module) not in inside]
