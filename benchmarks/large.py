@@ -26,7 +26,7 @@ from transformers import LlamaConfig
 
 from qlinear.checkpoint.writer import ShardWriter
 from qlinear.data import token_ids
-from qlinear.streaming.meta_model import skeleton
+from qlinear.streaming.meta_model import build_meta_model
 
 SAMPLES, SEQ_LEN, EVALUATED = 8, 512, 512
 CGROUP = Path("/sys/fs/cgroup/memory/qlinear-benchmark")
@@ -45,7 +45,7 @@ def make(source: Path) -> None:
     largest, generator = 32000 * 5120, torch.Generator().manual_seed(0)
     piece = torch.randn(largest + 4096, generator=generator).mul_(0.02).to(torch.bfloat16)
     writer = ShardWriter(source)
-    for i, (name, tensor) in enumerate(skeleton(source).state_dict().items()):
+    for i, (name, tensor) in enumerate(build_meta_model(source).state_dict().items()):
         start = i * 11 % 4096
         made = torch.ones(tensor.shape, dtype=torch.bfloat16)
         if tensor.dim() > 1:

@@ -34,7 +34,7 @@ from qlinear import demo
 from qlinear.checkpoint.reader import Checkpoint
 from qlinear.checkpoint.writer import ShardWriter
 from qlinear.runtime.device import CPU
-from qlinear.streaming.meta_model import skeleton
+from qlinear.streaming.meta_model import build_meta_model
 from qlinear.streaming.open_model import calibration_ids, open_model
 from qlinear.streaming.streamed_model import compute_dtype
 
@@ -92,7 +92,7 @@ def make_checkpoint(folder: Path, layers: int) -> None:
     config.save_pretrained(folder)
     generator = torch.Generator().manual_seed(0)
     writer = ShardWriter(folder)
-    for name, tensor in skeleton(folder).state_dict().items():
+    for name, tensor in build_meta_model(folder).state_dict().items():
         made = torch.ones(tensor.shape)
         if tensor.dim() > 1:
             made = torch.randn(tensor.shape, generator=generator).mul_(0.02)

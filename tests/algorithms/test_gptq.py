@@ -20,7 +20,7 @@ from qlinear.algorithms.parts.coordinate_descent import row_losses
 from qlinear.errors import NumericsError, SchemeError
 from qlinear.formats.rounding import quantize_tensor
 from qlinear.formats.scheme import Scheme, TensorFormat
-from qlinear.runtime.threads import Cores
+from qlinear.runtime.threads import CoreThreads
 
 SCHEMES = [
     Scheme("int8", TensorFormat("int8", "channel")),
@@ -49,14 +49,14 @@ def weight_of(seed: int, rows: int, columns: int) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed + 1))
 
 
-def group_of(weights: dict[str, Tensor], scheme: Scheme, moment: Tensor, **more: Any) -> Group:
+def group_of(weights: dict[str, Tensor], scheme: Scheme, hessian: Tensor, **more: Any) -> Group:
     """What GPTQ works on; it looks at nothing but weights and second moments."""
     unused = torch.empty(0)
-    return Group(weights, scheme, unused, unused, unused, unused, moment, **more)
+    return Group(weights, scheme, unused, unused, unused, unused, hessian, **more)
 
 
-def made(weight: Tensor, scheme: Scheme, moment: Tensor, **options: Any) -> Rounded:
-    return gptq(group_of({"w": weight}, scheme, moment), **options)["w"]
+def made(weight: Tensor, scheme: Scheme, hessian: Tensor, **options: Any) -> Rounded:
+    return gptq(group_of({"w": weight}, scheme, hessian), **options)["w"]
 
 
 def true_loss(weight: Tensor, quantized: Tensor, x: Tensor) -> Tensor:
@@ -99,10 +99,10 @@ def test_with_correlated_inputs_it_loses_less_than_half_of_what_round_to_nearest
 
 
 def paper(
-    weight: Tensor, moment: Tensor, order: Tensor, step: Tensor, zero: Tensor, damping: float
+    weight: Tensor, hessian: Tensor, order: Tensor, step: Tensor, zero: Tensor, damping: float
 ) -> tuple[Tensor, Tensor]:
     """Algorithm 1 of Frantar et al. with an inverse, unblocked, float64: int4 codes, and their targets, in `order`."""
-    w, h = weight.double()[:, order].clone(), moment.double()[order][:, order]
+    w, h = weight.double()[:, order].clone(), hessian.double()[order][:, order]
     step, zero = step.double()[:, order], zero.double()[:, order]
     h = h + damping * torch.diag(h.diagonal())
     upper = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
@@ -119,15 +119,15 @@ def paper(
 @pytest.mark.parametrize("columns", [32, 96, 208])
 def test_its_codes_are_those_of_the_paper(scheme: Scheme, columns: int) -> None:
     x = inputs(3, columns, rank=8, tokens=600, spread=0.3)
-    weight, moment = weight_of(3, 40, columns), moment_of(x)
-    factor = factorize(moment)
+    weight, hessian = weight_of(3, 40, columns), moment_of(x)
+    factor = factorize(hessian)
     assert factor is not None
-    result = made(weight, scheme, moment, grid="extremes", sweeps=0)
+    result = made(weight, scheme, hessian, grid="extremes", sweeps=0)
     assert result.rows_kept == 0
     found = result.weight
     zero = torch.zeros_like(found.scale) if found.zero_point is None else found.zero_point
     step, zero = (per_group.repeat_interleave(16, 1) for per_group in (found.scale, zero))
-    expected, exact = paper(weight, moment, factor.order, step, zero, 0.01)
+    expected, exact = paper(weight, hessian, factor.order, step, zero, 0.01)
     # Where float64 sees the middle between two codes, to float32's error, either is right, and what follows in
     # that row follows from the choice.
     differs = found.codes[:, factor.order] != expected
@@ -137,18 +137,18 @@ def test_its_codes_are_those_of_the_paper(scheme: Scheme, columns: int) -> None:
 
 
 def test_the_factor_multiplies_out_to_the_damped_moment() -> None:
-    moment = moment_of(inputs(0, 60, rank=6, spread=3.0))
-    moment[7], moment[:, 7] = 0, 0
-    factor = factorize(moment)
+    hessian = moment_of(inputs(0, 60, rank=6, spread=3.0))
+    hessian[7], hessian[:, 7] = 0, 0
+    factor = factorize(hessian)
     assert factor is not None
     unit = factor.upper.triu(1).double() + torch.eye(60).double()
     product = unit @ factor.pivots.double().diag() @ unit.T
-    damped = moment.double() + factor.damping * moment.double().diagonal().diag()
+    damped = hessian.double() + factor.damping * hessian.double().diagonal().diag()
     damped[7, 7] = factor.damping
     size = damped.diagonal().sqrt()[factor.order]
     expected = damped[factor.order][:, factor.order] / size / size.unsqueeze(1)
     torch.testing.assert_close(product / size / size.unsqueeze(1), expected, rtol=0, atol=1e-5)
-    assert bool((moment.diagonal()[factor.order].diff() <= 0).all())
+    assert bool((hessian.diagonal()[factor.order].diff() <= 0).all())
 
 
 @given(width=st.integers(1, 700), tokens=st.integers(1, 900), seed=st.integers(0, 999))
@@ -178,16 +178,16 @@ def test_channels_that_were_always_zero_are_rounded_to_nearest() -> None:
 @every_scheme
 def test_an_input_that_was_always_zero_gives_round_to_nearest(scheme: Scheme) -> None:
     weight = weight_of(1, 16, 32)
-    moment = torch.zeros(32, 32)
-    result = made(weight, scheme, moment, grid="extremes")
+    hessian = torch.zeros(32, 32)
+    result = made(weight, scheme, hessian, grid="extremes")
     assert torch.equal(result.weight.codes.float(), quantize_tensor(weight, scheme.weight).codes.float())
 
 
 def test_damping_grows_until_it_is_enough_and_is_reported() -> None:
-    moment = moment_of(inputs(0, 32, rank=4))
+    hessian = moment_of(inputs(0, 32, rank=4))
     # Second moments that no inputs have, as rounding in a narrow dtype can leave them.
     vectors, values = torch.linalg.eigh(
-        moment / moment.diagonal().sqrt() / moment.diagonal().sqrt().unsqueeze(1)
+        hessian / hessian.diagonal().sqrt() / hessian.diagonal().sqrt().unsqueeze(1)
     )[::-1]
     values[0] = -0.05
     indefinite = vectors @ values.diag() @ vectors.T
@@ -197,10 +197,10 @@ def test_damping_grows_until_it_is_enough_and_is_reported() -> None:
 
 
 def test_moments_beyond_repair_are_said_to_be_so() -> None:
-    moment = torch.eye(32) - 3 * (1 - torch.eye(32))
-    assert factorize(moment) is None
+    hessian = torch.eye(32) - 3 * (1 - torch.eye(32))
+    assert factorize(hessian) is None
     weight = weight_of(0, 8, 32)
-    result = made(weight, SCHEMES[0], moment)
+    result = made(weight, SCHEMES[0], hessian)
     assert result.fell_back
     assert result.rows_kept == 8
     assert torch.equal(result.weight.codes, quantize_tensor(weight, SCHEMES[0].weight).codes)
@@ -230,8 +230,8 @@ def test_the_same_input_gives_the_same_codes(scheme: Scheme) -> None:
 @given(rows=st.integers(1, 5), tiles=st.integers(1, 3))
 def test_any_shape_comes_back_as_it_went_in(scheme: Scheme, rows: int, tiles: int) -> None:
     columns = 16 * tiles
-    weight, moment = weight_of(0, rows, columns), moment_of(inputs(0, columns, rank=2))
-    found = gptq(group_of({"w": weight}, scheme, moment, scale_dtype=torch.bfloat16))["w"].weight
+    weight, hessian = weight_of(0, rows, columns), moment_of(inputs(0, columns, rank=2))
+    found = gptq(group_of({"w": weight}, scheme, hessian, scale_dtype=torch.bfloat16))["w"].weight
     low, high = scheme.weight.code_range
     assert found.codes.shape == weight.shape
     assert found.codes.is_contiguous()
@@ -243,21 +243,21 @@ def test_any_shape_comes_back_as_it_went_in(scheme: Scheme, rows: int, tiles: in
 
 @given(rows=st.integers(1, 9), columns=st.integers(1, 40), seed=st.integers(0, 1000))
 def test_losses_are_the_quadratic_form_of_each_row(rows: int, columns: int, seed: int) -> None:
-    error, moment = weight_of(seed, rows, columns), moment_of(inputs(seed, columns, rank=2))
-    expected = (error.double() @ moment.double() * error.double()).sum(1)
-    torch.testing.assert_close(row_losses(error.T, moment).double(), expected, rtol=1e-4, atol=1e-4)
+    error, hessian = weight_of(seed, rows, columns), moment_of(inputs(seed, columns, rank=2))
+    expected = (error.double() @ hessian.double() * error.double()).sum(1)
+    torch.testing.assert_close(row_losses(error.T, hessian).double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_losses_of_many_panels_are_those_of_one() -> None:
-    error, moment = weight_of(0, 5, 1200), moment_of(inputs(0, 1200, rank=9))
-    expected = (error.double() @ moment.double() * error.double()).sum(1)
-    torch.testing.assert_close(row_losses(error.T, moment).double(), expected, rtol=1e-4, atol=1e-4)
+    error, hessian = weight_of(0, 5, 1200), moment_of(inputs(0, 1200, rank=9))
+    expected = (error.double() @ hessian.double() * error.double()).sum(1)
+    torch.testing.assert_close(row_losses(error.T, hessian).double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @contextmanager
-def on_cores(count: int) -> Iterator[Cores]:
+def on_cores(count: int) -> Iterator[CoreThreads]:
     with ThreadPoolExecutor(count) as pool:
-        yield Cores(pool, count)
+        yield CoreThreads(pool, count)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
@@ -267,13 +267,13 @@ def test_weights_of_a_group_come_out_as_each_alone(
 ) -> None:
     monkeypatch.setattr(sys.modules["qlinear.algorithms.gptq"], "_AT_ONCE", at_once)
     monkeypatch.setattr(
-        sys.modules["qlinear.algorithms.gptq"], "each_core", lambda device, most: on_cores(cores)
+        sys.modules["qlinear.algorithms.gptq"], "on_each_core_or_here", lambda device, most: on_cores(cores)
     )
-    moment = moment_of(inputs(3, 48, rank=6))
+    hessian = moment_of(inputs(3, 48, rank=6))
     weights = {name: weight_of(i, rows, 48) for i, (name, rows) in enumerate((("q", 16), ("k", 7), ("v", 1)))}
-    together = gptq(group_of(weights, scheme, moment))
+    together = gptq(group_of(weights, scheme, hessian))
     for name, weight in weights.items():
-        alone = made(weight, scheme, moment)
+        alone = made(weight, scheme, hessian)
         # Products of other shapes add up in another order.
         torch.testing.assert_close(together[name].weight.scale, alone.weight.scale)
         assert torch.equal(together[name].weight.codes.float(), alone.weight.codes.float())
@@ -281,23 +281,23 @@ def test_weights_of_a_group_come_out_as_each_alone(
 
 
 def test_weights_that_train_are_rounded_like_others() -> None:
-    weight, moment = weight_of(5, 12, 48), moment_of(inputs(5, 48, rank=6))
-    expected = made(weight, SCHEMES[1], moment).weight
-    found = made(weight.requires_grad_(), SCHEMES[1], moment).weight
+    weight, hessian = weight_of(5, 12, 48), moment_of(inputs(5, 48, rank=6))
+    expected = made(weight, SCHEMES[1], hessian).weight
+    found = made(weight.requires_grad_(), SCHEMES[1], hessian).weight
     assert torch.equal(found.codes, expected.codes)
     assert not found.scale.requires_grad
 
 
 def test_mistakes_are_named() -> None:
-    weight, moment = torch.ones(4, 32), torch.eye(32)
+    weight, hessian = torch.ones(4, 32), torch.eye(32)
     broken = torch.where(torch.arange(128).view(4, 32) == 40, torch.nan, weight)
     with pytest.raises(NumericsError, match=r"q_proj holds 1 NaN"):
-        gptq(group_of({"q_proj": broken}, SCHEMES[0], moment))
+        gptq(group_of({"q_proj": broken}, SCHEMES[0], hessian))
     with pytest.raises(NumericsError, match=r"second moment of q_proj holds 1024 NaN"):
-        factorize(moment * torch.nan, name="q_proj")
+        factorize(hessian * torch.nan, name="q_proj")
     with pytest.raises(NumericsError, match=r"moment must be \(in, in\) of q_proj \(4, 32\); got \(16, 16\)"):
         gptq(group_of({"q_proj": weight}, SCHEMES[0], torch.eye(16)))
     with pytest.raises(NumericsError, match="second moments of the input of q_proj; the group has none"):
-        gptq(replace(group_of({"q_proj": weight}, SCHEMES[0], moment), moment=None))
+        gptq(replace(group_of({"q_proj": weight}, SCHEMES[0], hessian), hessian=None))
     with pytest.raises(SchemeError, match="not divisible by group_size 16"):
         gptq(group_of({"w": torch.ones(4, 20)}, SCHEMES[1], torch.eye(20)))

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qlinear import load, quantize
-from qlinear.checkpoint.layouts import Keep
+from qlinear.checkpoint.layouts import MigrationPolicy
 from qlinear.nn import QLinear
 
 from ..support.architectures import small_model
@@ -23,7 +23,7 @@ MIXTURES = ["Qwen3Moe", "DeepseekV3"]
 CONSULTING = ["DeepseekV32", "GlmMoeDsa", "HYV4", "AXK2", "Dots3NoteText", "Rwkv"]
 
 
-def written(name: str, folder: Path, layout: str, keep: Keep = "never") -> Path:
+def written(name: str, folder: Path, layout: str, keep: MigrationPolicy = "never") -> Path:
     """The class, smoothed and quantized, with the vectors that `keep` says, in that layout; where to."""
     model, out = folder / "model", folder / f"{layout}-{keep}"
     if not model.exists():
@@ -60,7 +60,7 @@ def test_every_layout_gives_back_the_same_codes(name: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("name", DENSE + MIXTURES)
 @pytest.mark.parametrize("keep", ["unfolded", "always"])
 def test_kept_vectors_come_back_from_every_layout_that_holds_them(
-    name: str, keep: Keep, tmp_path: Path
+    name: str, keep: MigrationPolicy, tmp_path: Path
 ) -> None:
     one, other = (
         load(written(name, tmp_path, layout, keep), dtype="float32") for layout in ("qlinear", "lmdeploy")

@@ -12,7 +12,7 @@ import qlinear
 from qlinear.algorithms.parts.static_range import SHARES
 from qlinear.api.calibrate import gather_statistics, write_statistics
 from qlinear.calibration.collect import calibrate
-from qlinear.calibration.stats_file import FORMS, Statistics, load_statistics
+from qlinear.calibration.stats_file import FORMS, CalibrationStats, load_statistics
 from qlinear.errors import CheckpointError, NumericsError, QLinearError
 from qlinear.streaming.open_model import open_model
 from qlinear.tracing.proof import run_in_float32
@@ -161,7 +161,7 @@ def test_what_cannot_be_done_writes_nothing(tmp_path: Path) -> None:
 
 def test_nothing_is_left_in_memory_of_a_block_that_was_passed(tmp_path: Path) -> None:
     source = open_model(save_model(tmp_path / "model"))
-    found: Statistics = gather_statistics(source, IDS)
+    found: CalibrationStats = gather_statistics(source, IDS)
     assert all(parameter.is_meta for parameter in source.model.parameters())
     assert all(stats.sample.untyped_storage().nbytes() == 0 for stats in found.inputs.values())
 

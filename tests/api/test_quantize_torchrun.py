@@ -187,7 +187,7 @@ def test_statistics_are_those_of_all_ranks_tokens(tmp_path: Path) -> None:
 @given(st.integers(0, 40), st.integers(1, 9))
 def test_parts_in_turn_are_the_whole(count: int, size: int) -> None:
     items = list(range(count))
-    parts = [Ranks(rank, size).part(items) for rank in range(size)]
+    parts = [Ranks(rank, size).shard(items) for rank in range(size)]
     assert [item for part in parts for item in part] == items
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
     assert len(parts[0]) == max(map(len, parts))

@@ -15,8 +15,8 @@ from qlinear.checkpoint.reader import Checkpoint
 from qlinear.checkpoint.writer import ShardWriter
 from qlinear.formats.rounding import quantize_tensor
 from qlinear.formats.scheme import SCHEMES, Scheme, TensorFormat
-from qlinear.streaming.meta_model import skeleton
-from qlinear.streaming.weight_map import NameMap
+from qlinear.streaming.meta_model import build_meta_model
+from qlinear.streaming.weight_map import WeightMap
 
 from ..support.many_architectures import save
 
@@ -28,8 +28,8 @@ WEIGHT_ONLY = [SCHEMES["w8a16"], Scheme("w4a16-g16", TensorFormat("int4", "group
 def write_quantized(source: Path, out: Path, scheme: Scheme) -> PreTrainedModel:
     """Round every linear of the blocks to nearest and write the result; returns the model it stands for."""
     checkpoint = Checkpoint.open(source)
-    model = skeleton(source)
-    names = NameMap(model, checkpoint)
+    model = build_meta_model(source)
+    names = WeightMap(model, checkpoint)
     names.materialize("")
     writer = ShardWriter(out, 40_000)
     written = set()

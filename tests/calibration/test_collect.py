@@ -22,13 +22,13 @@ from ..support.models import VOCABULARY
 @settings(max_examples=15)
 def test_second_moments_are_the_mean_of_outer_products(tokens: int, width: int, seed: int) -> None:
     x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed))
-    collector = StatsCollector(4, second_moment=True)
+    collector = StatsCollector(4, hessian=True)
     for part in x.split(7):
         collector.update(part)
-    moment = collector.stats("x").moment
-    assert moment is not None
-    torch.testing.assert_close(moment, (x.double().T @ x.double() / tokens).float(), rtol=1e-4, atol=1e-5)
-    assert torch.equal(moment, moment.T)
+    hessian = collector.stats("x").hessian
+    assert hessian is not None
+    torch.testing.assert_close(hessian, (x.double().T @ x.double() / tokens).float(), rtol=1e-4, atol=1e-5)
+    assert torch.equal(hessian, hessian.T)
 
 
 @given(st.integers(1, 300), st.sampled_from([1, 5, 1024]), st.integers(0, 2**16), st.booleans())
@@ -113,7 +113,7 @@ def test_a_rehearsal_ends_early_and_sees_what_a_whole_pass_sees(kind: str) -> No
             block.get_submodule(last).register_forward_hook(lambda *call: computed.append(True))
         for advance in (False, True):
             found.append(
-                calibrate(block, list(lanes), trace, second_moments=lambda weight: True, advance=advance)
+                calibrate(block, list(lanes), trace, needs_hessian_of=lambda weight: True, advance=advance)
             )
     assert len(computed) == (0 if last is None else 4)  # once for each lane, and only as it advanced
     early, whole = found
@@ -122,6 +122,6 @@ def test_a_rehearsal_ends_early_and_sees_what_a_whole_pass_sees(kind: str) -> No
         seen = early[weight]
         assert seen.tokens == expected.tokens
         assert torch.equal(seen.sample, expected.sample)
-        assert seen.moment is not None
-        assert expected.moment is not None
-        assert torch.equal(seen.moment, expected.moment)
+        assert seen.hessian is not None
+        assert expected.hessian is not None
+        assert torch.equal(seen.hessian, expected.hessian)

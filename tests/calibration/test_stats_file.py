@@ -13,7 +13,7 @@ from torch import Tensor
 from qlinear.calibration.stats import InputStats
 from qlinear.calibration.stats_file import (
     FORMS,
-    Statistics,
+    CalibrationStats,
     input_name,
     load_statistics,
     merged,
@@ -59,7 +59,7 @@ def test_reading_what_was_written_gives_it_back(
 ) -> None:
     path = tmp_path_factory.mktemp("stats") / f"inputs_stats{suffix}"
     inputs = {name: random_stats(i, *size) for i, (name, size) in enumerate(widths.items())}
-    save_statistics(path, Statistics(inputs, idle, "abc"))
+    save_statistics(path, CalibrationStats(inputs, idle, "abc"))
     back = load_statistics(path, "abc")
     assert set(back.inputs) == set(inputs)
     knows_tokens = suffix == ".safetensors"
@@ -70,7 +70,7 @@ def test_reading_what_was_written_gives_it_back(
 
 def test_what_several_weights_share_is_stored_once_and_shared_again(tmp_path: Path) -> None:
     shared = random_stats()
-    save_statistics(tmp_path / "s.safetensors", Statistics({Q: shared, K: shared, UP: random_stats(1)}))
+    save_statistics(tmp_path / "s.safetensors", CalibrationStats({Q: shared, K: shared, UP: random_stats(1)}))
     assert len(load_file(tmp_path / "s.safetensors")) == 2 * len(FORMS)
     inputs = load_statistics(tmp_path / "s.safetensors").inputs
     assert inputs[Q] is inputs[K]
@@ -79,7 +79,7 @@ def test_what_several_weights_share_is_stored_once_and_shared_again(tmp_path: Pa
 
 def test_the_other_form_is_a_table_of_vectors_for_each_statistic(tmp_path: Path) -> None:
     stats = random_stats()
-    save_statistics(tmp_path / "inputs_stats.pth", Statistics({Q: stats, K: stats}))
+    save_statistics(tmp_path / "inputs_stats.pth", CalibrationStats({Q: stats, K: stats}))
     tables = torch.load(tmp_path / "inputs_stats.pth", weights_only=True)
     assert set(tables) == {"absmax", "absmean", "max", "mean", "min"}
     for form, table in tables.items():
@@ -138,7 +138,7 @@ def test_weights_go_by_their_module_their_parameter_or_their_index() -> None:
 def test_weights_that_read_one_tensor_share_what_one_of_them_is_named_with() -> None:
     q, k, up = (Weight(f"{name}.weight") for name in ("attn.q", "attn.k", "mlp.up"))
     other = torch.zeros(2, 5)
-    found = Statistics({K: random_stats(), UP: random_stats(1)}).of_block(
+    found = CalibrationStats({K: random_stats(), UP: random_stats(1)}).of_block(
         BLOCK, run_of((q, X), (k, X), (up, other))
     )
     assert found[q] is found[k]
@@ -147,23 +147,23 @@ def test_weights_that_read_one_tensor_share_what_one_of_them_is_named_with() -> 
 
 def test_weights_that_no_token_reached_are_left_out() -> None:
     expert, router = Weight("experts.down", index=1), Weight("router.weight")
-    statistics = Statistics({}, frozenset({"layers.0.router"}))
+    statistics = CalibrationStats({}, frozenset({"layers.0.router"}))
     assert statistics.of_block(BLOCK, run_of((expert, X), (router, torch.zeros(2, 5)))) == {}
 
 
 def test_a_missing_module_and_a_wrong_width_are_named() -> None:
     run = run_of((Weight("attn.q.weight"), X))
     with pytest.raises(DataError, match=r"nothing of layers\.0\.attn\.q: .*qlinear calibrate"):
-        Statistics({UP: random_stats()}).of_block(BLOCK, run)
+        CalibrationStats({UP: random_stats()}).of_block(BLOCK, run)
     with pytest.raises(DataError, match=r"layers\.0\.attn\.q are of 9 channels; the weight reads 5"):
-        Statistics({Q: random_stats(width=9)}).of_block(BLOCK, run)
+        CalibrationStats({Q: random_stats(width=9)}).of_block(BLOCK, run)
 
 
 # --- files that are something else ---
 
 
 def test_statistics_of_another_model_are_refused(tmp_path: Path) -> None:
-    save_statistics(tmp_path / "s.safetensors", Statistics({Q: random_stats()}, fingerprint="abc"))
+    save_statistics(tmp_path / "s.safetensors", CalibrationStats({Q: random_stats()}, fingerprint="abc"))
     with pytest.raises(DataError, match="of another model"):
         load_statistics(tmp_path / "s.safetensors", "xyz")
     assert load_statistics(tmp_path / "s.safetensors").fingerprint == "abc"
@@ -175,7 +175,7 @@ def test_statistics_of_another_model_are_refused(tmp_path: Path) -> None:
 def test_nan_is_named_and_counted(suffix: str, form: str, value: float, tmp_path: Path) -> None:
     stats = random_stats()
     getattr(stats, form)[1:3] = value
-    save_statistics(tmp_path / f"s{suffix}", Statistics({Q: stats}))
+    save_statistics(tmp_path / f"s{suffix}", CalibrationStats({Q: stats}))
     with pytest.raises(
         NumericsError, match=rf"2 NaN or infinite of 5 channels in the {form} of layers\.0\.attn\.q"
     ):

@@ -18,7 +18,7 @@ from qlinear.formats.rounding import choose_qparams, quantize_tensor
 from qlinear.formats.scheme import Scheme, TensorFormat, get_scheme
 from qlinear.pipeline.block_state import Findings
 from qlinear.pipeline.quantize_groups import Rounded
-from qlinear.pipeline.refine_block import Refined, hidden_of, refine
+from qlinear.pipeline.refine_block import Refined, hidden_state, refine
 from qlinear.streaming.find_blocks import find_blocks
 from qlinear.streaming.lanes import Call, Lane, Lanes, batches_of
 from qlinear.streaming.spill import Spill
@@ -67,7 +67,7 @@ def standing() -> Iterator[tuple[nn.Module, list[Lane], list[Tensor]]]:
         parameter.data.mul_(4 if parameter.dim() > 1 else 1)
     block = next(iter(find_blocks(model).values()))
     with torch.no_grad(), Lanes(model, [block], batches_of(IDS, 2)) as lanes:
-        yield block, list(lanes), [hidden_of(lane.rehearse(Call.run)).clone() for lane in lanes]
+        yield block, list(lanes), [hidden_state(lane.rehearse(Call.run)).clone() for lane in lanes]
 
 
 def distance(block: nn.Module, rounded: list[Rounded], lanes: list[Lane], targets: list[Tensor]) -> float:
@@ -81,7 +81,7 @@ def distance(block: nn.Module, rounded: list[Rounded], lanes: list[Lane], target
             layer.input_scale.copy_(held.input_scale)
         block.set_submodule(each.weight.module, layer)
     total = sum(
-        float((hidden_of(lane.rehearse(Call.run)) - target).square().sum())
+        float((hidden_state(lane.rehearse(Call.run)) - target).square().sum())
         for lane, target in zip(lanes, targets, strict=True)
     )
     for name, linear in layers.items():
@@ -117,7 +117,7 @@ def test_what_cannot_be_bettered_stays(standing: tuple[nn.Module, list[Lane], li
     floats = [replace(each, held=replace(each.held, scheme=get_scheme("w8a16"))) for each in start]
     targets = [
         lane.rehearse(
-            lambda call: hidden_of(torch.func.functional_call(block, values, call.args, call.kwargs))
+            lambda call: hidden_state(torch.func.functional_call(block, values, call.args, call.kwargs))
         )
         for lane in lanes
     ]

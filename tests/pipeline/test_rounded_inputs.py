@@ -64,7 +64,7 @@ class Watched:
         lost = x.double() - rounded
         size = rounded.square().mean(0).sqrt()
         for mine, expected in (
-            (found.moment, rounded.T @ rounded / len(x)), (found.drift, lost.T @ rounded / len(x)),
+            (found.hessian, rounded.T @ rounded / len(x)), (found.drift, lost.T @ rounded / len(x)),
         ):  # fmt: skip
             scale = (size * size.unsqueeze(1)).clamp(min=1e-12)
             assert float(((mine.double() - expected) / scale).abs().max()) < 1e-4

@@ -11,7 +11,7 @@ from qlinear.algorithms.smoothquant import smoothing_scale, weight_statistic
 from qlinear.errors import SchemeError
 from qlinear.formats.rounding import quantize_tensor
 from qlinear.formats.scheme import TensorFormat
-from qlinear.pipeline.group_statistics import GroupStatistics, group_scale, turned
+from qlinear.pipeline.group_statistics import GroupStatistics, flip_signs, group_scale
 from qlinear.pipeline.smoothing import Smoothing
 from qlinear.tracing.folds import Fold, InputGroup, Producer, Reader, find_groups
 from qlinear.tracing.trace import Weight
@@ -193,7 +193,7 @@ def test_turned_channels_need_a_narrower_range_and_cost_less(seed: int) -> None:
     x[:, 4:] = x[:, :4].flip(0) * 0.7
     fold = Fold(Producer(4, weight=Weight("v.weight")), (Reader(weight, torch.arange(8) % 4),))
     group = InputGroup((weight,), fold)
-    signs, reach = turned(group, {weight: matrix}, {weight: x.amin(0)}, {weight: x.amax(0)})
+    signs, reach = flip_signs(group, {weight: matrix}, {weight: x.amin(0)}, {weight: x.amax(0)})
     assert signs.tolist() == [1, -1, 1, -1]
     absmax = {weight: x.abs().amax(0)}
     plain = fold.readers[0].spread(group_scale(group, {weight: matrix}, absmax, 1.0))
@@ -213,6 +213,6 @@ def test_channels_that_reach_both_ways_alike_keep_their_absmax() -> None:
     group = InputGroup(
         (weight,), Fold(Producer(8, gain=("norm.weight",)), (Reader(weight, torch.arange(8)),))
     )
-    signs, reach = turned(group, {weight: torch.randn(4, 8)}, {weight: -high}, {weight: high})
+    signs, reach = flip_signs(group, {weight: torch.randn(4, 8)}, {weight: -high}, {weight: high})
     assert torch.equal(signs, torch.ones(8))
     torch.testing.assert_close(reach[weight], high)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from qlinear.runtime.threads import apart, each_core
+from qlinear.runtime.threads import on_each_core_or_here, one_thread_per_core
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def three_cores() -> Iterator[None]:
 
 @pytest.mark.usefixtures("three_cores")
 def test_results_come_in_order_each_from_a_thread_whose_operations_stay_with_it() -> None:
-    with apart() as cores:
+    with one_thread_per_core() as cores:
         made = list(cores.map(lambda i: (i, torch.get_num_threads()), range(20)))
     assert made == [(i, 1) for i in range(20)]
     assert torch.get_num_threads() == 3
@@ -28,7 +28,7 @@ def test_results_come_in_order_each_from_a_thread_whose_operations_stay_with_it(
 @pytest.mark.usefixtures("three_cores")
 def test_no_more_is_begun_than_one_beyond_the_cores() -> None:
     begun: list[int] = []
-    with apart() as cores:
+    with one_thread_per_core() as cores:
         results = cores.map(begun.append, range(20))
         next(results)
         assert len(begun) <= 4
@@ -45,7 +45,7 @@ def test_what_goes_wrong_in_a_thread_is_raised_here_and_no_work_is_left() -> Non
         finished.set()
         return i
 
-    with apart() as cores:
+    with one_thread_per_core() as cores:
         with pytest.raises(ValueError, match="zero"):
             list(cores.map(work, range(3)))
         assert list(cores.map(work, [1, 2])) == [1, 2]
@@ -55,7 +55,7 @@ def test_what_goes_wrong_in_a_thread_is_raised_here_and_no_work_is_left() -> Non
 @pytest.mark.usefixtures("three_cores")
 def test_cores_are_parted_for_work_on_the_cpu_alone() -> None:
     for device, count in (("cpu", 3), ("cuda", 1)):
-        with each_core(torch.device(device)) as cores:
+        with on_each_core_or_here(torch.device(device)) as cores:
             assert cores.count == count
             assert list(cores.map(lambda i: i + 1, range(4))) == [1, 2, 3, 4]
         assert torch.get_num_threads() == 3
@@ -64,7 +64,7 @@ def test_cores_are_parted_for_work_on_the_cpu_alone() -> None:
 @pytest.mark.usefixtures("three_cores")
 def test_fewer_threads_than_cores_have_several_each() -> None:
     for most, threads in ((0, 3), (1, 3), (2, 1), (3, 1), (9, 1)):
-        with each_core(torch.device("cpu"), most) as cores:
+        with on_each_core_or_here(torch.device("cpu"), most) as cores:
             assert cores.count == max(1, min(most, 3))
             assert list(cores.map(lambda _: torch.get_num_threads(), range(4))) == [threads] * 4
         assert torch.get_num_threads() == 3

@@ -13,7 +13,7 @@ from qlinear.api.calibrate import write_statistics
 from qlinear.checkpoint.reader import Checkpoint
 from qlinear.cli.commands import app
 from qlinear.errors import QLinearError, StructureError
-from qlinear.streaming.diagnose import blamed
+from qlinear.streaming.diagnose import diagnosing
 from qlinear.streaming.streamed_model import StreamedModel
 
 from ..support.models import contents, save_model
@@ -59,7 +59,7 @@ def test_the_command_line_exits_as_for_any_mistake(unfit: Path, tmp_path: Path) 
 
 def test_what_fails_around_a_model_that_runs_is_no_fault_of_the_model(tmp_path: Path) -> None:
     source = StreamedModel(Checkpoint.open(save_model(tmp_path)))
-    with pytest.raises(RuntimeError, match="ours"), blamed(lambda: (source.model, source.blocks)):
+    with pytest.raises(RuntimeError, match="ours"), diagnosing(lambda: (source.model, source.blocks)):
         raise RuntimeError("ours")
     with pytest.raises(ZeroDivisionError), source.lanes([{"input_ids": IDS, "use_cache": False}]):
         raise ZeroDivisionError

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qlinear.errors import CheckpointError
-from qlinear.streaming.meta_model import load_config, skeleton
+from qlinear.streaming.meta_model import build_meta_model, load_config
 
 from ..support.many_architectures import ARCHITECTURES, save
 
@@ -17,7 +17,7 @@ def test_parameters_are_on_meta_and_buffers_are_those_of_from_pretrained(
     architecture: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     reference = save(architecture, tmp_path, dtype)
-    model = skeleton(tmp_path)
+    model = build_meta_model(tmp_path)
     parameters, wanted = dict(model.named_parameters()), dict(reference.named_parameters())
     assert parameters.keys() == wanted.keys()
     assert all(
@@ -38,7 +38,7 @@ def test_parameters_larger_than_the_machine_take_no_memory(tmp_path: Path) -> No
     config = MixtralConfig(
         hidden_size=1 << 16, intermediate_size=1 << 18, num_local_experts=64, num_hidden_layers=1
     )
-    model = skeleton(config, torch.bfloat16)
+    model = build_meta_model(config, torch.bfloat16)
     assert max(parameter.nbytes for parameter in model.parameters()) > 4e12
     assert all(parameter.is_meta for parameter in model.parameters())
 
@@ -53,7 +53,7 @@ def test_a_model_type_that_nobody_knows_is_named(tmp_path: Path) -> None:
 def test_a_model_that_is_no_causal_language_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(CheckpointError, match="no causal language model"):
-        skeleton(tmp_path)
+        build_meta_model(tmp_path)
 
 
 def test_code_from_a_checkpoint_is_not_run_unasked(tmp_path: Path) -> None:
@@ -62,4 +62,4 @@ def test_code_from_a_checkpoint_is_not_run_unasked(tmp_path: Path) -> None:
     )
     (tmp_path / "own.py").write_text("raise SystemExit('this code was run')")
     with pytest.raises(CheckpointError, match="trust_remote_code"):
-        skeleton(tmp_path)
+        build_meta_model(tmp_path)

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3_5Config, Q
 
 from qlinear.checkpoint.reader import Checkpoint
 from qlinear.errors import CheckpointError
-from qlinear.streaming.meta_model import skeleton
-from qlinear.streaming.weight_map import NameMap
+from qlinear.streaming.meta_model import build_meta_model
+from qlinear.streaming.weight_map import WeightMap
 
 from ..support.many_architectures import ARCHITECTURES, save
 
@@ -37,9 +37,9 @@ def parts(model: PreTrainedModel) -> list[str]:
     return found
 
 
-def filled(folder: Path, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, NameMap]:
-    model = skeleton(folder, dtype)
-    names = NameMap(model, Checkpoint.open(folder))
+def filled(folder: Path, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, WeightMap]:
+    model = build_meta_model(folder, dtype)
+    names = WeightMap(model, Checkpoint.open(folder))
     for part in parts(model):
         names.materialize(part)
     return model, names
@@ -100,8 +100,8 @@ def test_a_released_block_takes_nothing_from_one_that_is_in_use(tmp_path: Path) 
 
 def test_a_part_may_be_a_single_parameter(tmp_path: Path) -> None:
     save("llama", tmp_path)
-    model = skeleton(tmp_path)
-    names = NameMap(model, Checkpoint.open(tmp_path))
+    model = build_meta_model(tmp_path)
+    names = WeightMap(model, Checkpoint.open(tmp_path))
     names.materialize("model.norm.weight")
     assert [n for n, p in model.named_parameters() if not p.is_meta] == ["model.norm.weight"]
     names.release("model.norm.weight")
@@ -118,8 +118,8 @@ def test_a_block_whose_linears_were_replaced_can_be_released(tmp_path: Path) -> 
 
 def test_a_tied_weight_is_read_once_and_released_with_its_last_place(tmp_path: Path) -> None:
     save("qwen3", tmp_path)
-    model = skeleton(tmp_path)
-    names = NameMap(model, Checkpoint.open(tmp_path))
+    model = build_meta_model(tmp_path)
+    names = WeightMap(model, Checkpoint.open(tmp_path))
     names.materialize("model.embed_tokens")
     assert model.lm_head.weight.is_meta
     names.materialize("lm_head")
@@ -176,7 +176,7 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
-        NameMap(skeleton(tmp_path), Checkpoint.open(tmp_path))
+        WeightMap(build_meta_model(tmp_path), Checkpoint.open(tmp_path))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mixtral"])
@@ -185,7 +185,7 @@ def test_a_wrong_shape_is_named_with_both_shapes(architecture: str, tmp_path: Pa
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 56}))
     with pytest.raises(CheckpointError, match=r"(48.*56|96.*112)"):
-        NameMap(skeleton(tmp_path), Checkpoint.open(tmp_path))
+        WeightMap(build_meta_model(tmp_path), Checkpoint.open(tmp_path))
 
 
 def test_experts_of_different_shapes_are_refused(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_experts_of_different_shapes_are_refused(tmp_path: Path) -> None:
     name = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
     save_file({**tensors, name: tensors[name][:-1].contiguous()}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="cannot be made from"):
-        NameMap(skeleton(tmp_path), Checkpoint.open(tmp_path))
+        WeightMap(build_meta_model(tmp_path), Checkpoint.open(tmp_path))
 
 
 def test_the_text_model_of_a_multimodal_checkpoint_keeps_the_file_s_names(tmp_path: Path) -> None:

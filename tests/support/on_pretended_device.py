@@ -19,9 +19,9 @@ from qlinear.errors import DeviceError, SourceLostError
 from qlinear.runtime import device as devices
 from qlinear.runtime.device import CPU, Lift, as_device, moved
 from qlinear.streaming import streamed_model as streamed
-from qlinear.streaming.meta_model import skeleton
+from qlinear.streaming.meta_model import build_meta_model
 from qlinear.streaming.streamed_model import StreamedModel
-from qlinear.streaming.weight_map import NameMap
+from qlinear.streaming.weight_map import WeightMap
 
 from .models import contents, save_model, save_tokenizer
 from .pretend import NAME, Backend, Pretend, with_pretend_device
@@ -63,8 +63,8 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
     # So small that every tensor takes several turns.
     monkeypatch.setattr(devices, "_CHUNK", 1 << 10)
     # The fused kernels of attention are the CPU's own, and round otherwise.
-    plain = functools.partial(skeleton, attn_implementation="eager")
-    monkeypatch.setattr(streamed, "skeleton", plain)
+    plain = functools.partial(build_meta_model, attn_implementation="eager")
+    monkeypatch.setattr(streamed, "build_meta_model", plain)
     calls = Pretend.calls
     yield backend
     assert Pretend.calls > calls, "nothing was computed on the device"
@@ -163,7 +163,7 @@ def test_it_computes_in_the_stored_dtype_where_the_device_does(
 def test_weights_arrive_whole_and_the_next_ones_are_on_their_way(backend: Backend, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(save_model(tmp_path, num_hidden_layers=4))
     model = StreamedModel(checkpoint, device=as_device(THERE))
-    assert model._ahead is not None
+    assert model._prefetch is not None
     memory = []
     for i, (name, block) in enumerate(model.blocks.items()):
         with model.loaded(block):
@@ -172,9 +172,9 @@ def test_weights_arrive_whole_and_the_next_ones_are_on_their_way(backend: Backen
                 assert parameter.device == torch.device(THERE)
                 assert torch.equal(parameter.cpu(), checkpoint.read(f"{name}.{key}"))
             memory.append({p.data_ptr() for p in block.parameters()})
-            model._ahead.settle()
+            model._prefetch.flush()
             following = f"model.layers.{i + 1}"
-            assert (model._ahead._pending or ("",))[0] == ("" if i == 3 else following)
+            assert (model._prefetch._pending or ("",))[0] == ("" if i == 3 else following)
     assert memory[0] == memory[2]  # two blocks' memory serves them all
     assert memory[1] == memory[3]
     assert memory[0].isdisjoint(memory[1])
@@ -195,7 +195,7 @@ def test_a_parameter_that_is_given_up_after_it_was_counted_on_is_read_again(
 ) -> None:
     """As two blocks may share one: what was in memory when the second was loaded ahead has left it since."""
     folder = save_model(tmp_path, num_hidden_layers=2)
-    names = NameMap(skeleton(folder), Checkpoint.open(folder), as_device(THERE))
+    names = WeightMap(build_meta_model(folder), Checkpoint.open(folder), as_device(THERE))
     names.materialize("model.layers.0.mlp")
     ahead = names.load("model.layers.0")
     names.release("model.layers.0.mlp")
@@ -224,7 +224,7 @@ def test_a_lift_converts_and_uses_a_buffer_again_when_it_is_free(backend: Backen
         memory[:] = source.view(torch.uint8).numpy().data[before : before + len(memory)]
 
     with lift.moving():
-        lift.take_up(fill, source.nbytes, torch.float32, out)
+        lift.upload(fill, source.nbytes, torch.float32, out)
         assert isinstance(out, Pretend)
         assert bool(out.raw.isnan().any())  # not all of it has arrived: nobody has waited
     lift.hand_over([out])

@@ -27,8 +27,8 @@ from qlinear.pipeline.smoothing import Smoothing
 from qlinear.streaming.find_blocks import find_blocks, shared_parameters
 from qlinear.streaming.lanes import Lane, Lanes, batches_of
 from qlinear.tracing.folds import Fold, InputGroup, find_groups
-from qlinear.tracing.on_meta import consulted
-from qlinear.tracing.proof import examine
+from qlinear.tracing.on_meta import weights_used_as_floats
+from qlinear.tracing.proof import find_and_prove_folds
 
 from .architectures import classes, small_model
 
@@ -69,7 +69,7 @@ def sweep(name: str, seed: int = 0) -> Swept:
     inputs, evaluated = _inputs(model, TOKENS), _inputs(model, EVALUATED)
     _plant(model, inputs)
     expected, called, multiplied = _run(model, inputs)
-    called -= {model.get_submodule(name) for name in consulted(model, find_blocks(model))}
+    called -= {model.get_submodule(name) for name in weights_used_as_floats(model, find_blocks(model))}
     exact = _logits(model, evaluated)
     swept = Swept(plain=_w8a8(model, evaluated, exact, called, {}))
     kept = _smooth(model, swept, multiplied)
@@ -172,11 +172,13 @@ def _smooth(model: PreTrainedModel, swept: Swept, multiplied: set[str]) -> dict[
     kept: dict[nn.Module, Tensor] = {}
     grouped: set[str] = set()
     visited: set[str] = set()
-    likely: list[Fold] = []
+    previous_folds: list[Fold] = []
     with torch.no_grad(), Lanes(model, [*blocks.values(), head], batches) as lanes:
         while (block := lanes.at) is not None and block is not head:
             name = names[id(block)]
-            likely, groups, vectors, unread = smooth_block(block, list(lanes), likely, shared[block])
+            previous_folds, groups, vectors, unread = smooth_block(
+                block, list(lanes), previous_folds, shared[block]
+            )
             swept.unread |= {f"{name}.{parameter}" for parameter in unread}
             if name not in visited:
                 _count(block, groups, swept, name)
@@ -191,12 +193,12 @@ def _smooth(model: PreTrainedModel, swept: Swept, multiplied: set[str]) -> dict[
 
 
 def smooth_block(
-    block: nn.Module, lanes: list[Lane], likely: list[Fold], shared: frozenset[str]
+    block: nn.Module, lanes: list[Lane], previous_folds: list[Fold], shared: frozenset[str]
 ) -> tuple[list[Fold], list[InputGroup], list[Tensor], frozenset[str]]:
     """Smooth a block as the job does, without rounding; returns the folds, all groups and their vectors, and what
     could not be read."""
     probe, proof, *calibration = lanes
-    trace, folds = examine(block, probe.waiting, proof.waiting, likely, shared)
+    trace, folds = find_and_prove_folds(block, probe.waiting, proof.waiting, previous_folds, shared)
     stats = calibrate(block, [*calibration, probe, proof], trace)
     groups = find_groups(trace, folds)
     smoothing = Smoothing()

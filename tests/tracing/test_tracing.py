@@ -12,7 +12,7 @@ from qlinear.streaming.lanes import Call
 from qlinear.tracing.experiment import Trace
 from qlinear.tracing.find_folds import Finder
 from qlinear.tracing.folds import Fold, InputGroup, find_groups
-from qlinear.tracing.proof import examine, prove, proved, reversible
+from qlinear.tracing.proof import find_and_prove_folds, prove, proved, reversible
 
 WIDTH, HEADS, KV_HEADS = 32, 4, 2
 HEAD = WIDTH // HEADS
@@ -302,16 +302,16 @@ def test_a_weight_that_another_block_holds_is_left_alone() -> None:
     second.up = first.up
     shared = shared_parameters([first, second])
     assert shared[first] == {"up.weight", "up.bias"}
-    _, folds = examine(first, call_of(first, 16, 1), call_of(first, 2, 8), (), shared[first])
+    _, folds = find_and_prove_folds(first, call_of(first, 16, 1), call_of(first, 2, 8), (), shared[first])
     assert {fold.producer.name for fold in folds} == {"norm1", "attention.v"}
 
 
 def test_what_the_block_before_lacked_is_looked_for() -> None:
     bare, block = perturbed(Block()), perturbed(Block())
     bare.norm1 = nn.Identity()
-    _, likely = examine(bare, call_of(bare, 16, 1), call_of(bare, 2, 8))
-    assert {fold.producer.name for fold in likely} == {"norm2", "attention.v", "up"}
-    trace, folds = examine(block, call_of(block, 16, 1), call_of(block, 2, 8), likely)
+    _, previous_folds = find_and_prove_folds(bare, call_of(bare, 16, 1), call_of(bare, 2, 8))
+    assert {fold.producer.name for fold in previous_folds} == {"norm2", "attention.v", "up"}
+    trace, folds = find_and_prove_folds(block, call_of(block, 16, 1), call_of(block, 2, 8), previous_folds)
     assert described(find_groups(trace, folds)) == EVERYTHING
 
 

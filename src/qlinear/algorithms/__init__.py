@@ -16,7 +16,7 @@ from .alpha_search import search_alpha
 from .awq import clip, search_scale
 from .base import Group
 from .gptq import gptq
-from .parts.static_range import narrowed
+from .parts.static_range import choose_static_range
 from .rtn import round_to_nearest
 
-__all__ = ["Group", "clip", "gptq", "narrowed", "round_to_nearest", "search_alpha", "search_scale"]
+__all__ = ["Group", "choose_static_range", "clip", "gptq", "round_to_nearest", "search_alpha", "search_scale"]

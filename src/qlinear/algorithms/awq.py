@@ -52,15 +52,15 @@ def clip(group: Group) -> Mapping[str, Clipped]:
 
     group: as it will be quantized, smoothed already. Raises NumericsError, naming the weight, on NaN or infinity.
     """
-    moments = _moments(group)
+    hessians = _hessians(group)
     x = group.quantized_sample()
-    return {name: _clip(name, weight, group, moments, x) for name, weight in group.weights.items()}
+    return {name: _clip(name, weight, group, hessians, x) for name, weight in group.weights.items()}
 
 
-def _clip(name: str, weight: Tensor, group: Group, moments: Tensor, x: Tensor) -> Clipped:
+def _clip(name: str, weight: Tensor, group: Group, hessians: Tensor, x: Tensor) -> Clipped:
     fmt = group.scheme.weight
     nearest = quantize_tensor(weight, fmt, name, group.scale_dtype)
-    scale, zero_point = least_error_qparams(weight, fmt, moments, group.scale_dtype)
+    scale, zero_point = least_error_qparams(weight, fmt, hessians, group.scale_dtype)
     clipped = QuantizedTensor(quantize(weight, scale, zero_point, fmt), scale, zero_point, fmt)
     exact = group.sample @ weight.T
     rtn_error, error = (
@@ -69,7 +69,7 @@ def _clip(name: str, weight: Tensor, group: Group, moments: Tensor, x: Tensor) -
     return Clipped(clipped, error, rtn_error) if error < rtn_error else Clipped(nearest, rtn_error, rtn_error)
 
 
-def _moments(group: Group) -> Tensor:
+def _hessians(group: Group) -> Tensor:
     """Second moments of the sample: within each group of channels (groups, g, g), or of each channel alone (in,)."""
     size = group.scheme.weight.group_size
     if size is None:

@@ -22,16 +22,16 @@ class RoundedInput:
     do with what is left. tokens: how many there were.
     """
 
-    moment: Tensor
+    hessian: Tensor
     drift: Tensor
     tokens: int
 
     def __add__(self, other: "RoundedInput") -> "RoundedInput":
         share = self.tokens / (self.tokens + other.tokens)
-        moment, drift = (
-            torch.lerp(b, a, share) for a, b in ((self.moment, other.moment), (self.drift, other.drift))
+        hessian, drift = (
+            torch.lerp(b, a, share) for a, b in ((self.hessian, other.hessian), (self.drift, other.drift))
         )
-        return RoundedInput(moment, drift, self.tokens + other.tokens)
+        return RoundedInput(hessian, drift, self.tokens + other.tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Group:
     high: Tensor
     absmean: Tensor
     sample: Tensor
-    moment: Tensor | None = None
+    hessian: Tensor | None = None
     scale_dtype: torch.dtype = torch.float32
     others: tuple[Tensor, Tensor] | None = None
     rounded_input: tuple[RoundedInput, RoundedInput] | None = None
@@ -71,7 +71,7 @@ class Group:
             others=None if self.others is None else _divided(*self.others, s),
             absmean=self.absmean / s.abs(),
             sample=self.sample / s,
-            moment=None if self.moment is None else self.moment / s / s.unsqueeze(-1),
+            hessian=None if self.hessian is None else self.hessian / s / s.unsqueeze(-1),
             rounded_input=None,
         )
 

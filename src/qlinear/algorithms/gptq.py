@@ -26,13 +26,13 @@ from torch import Tensor
 from ..errors import NumericsError
 from ..formats.rounding import QuantizedTensor, choose_qparams, require_finite
 from ..formats.scheme import TensorFormat
-from ..runtime.threads import each_core
+from ..runtime.threads import on_each_core_or_here
 from .base import Group
 from .parts.cholesky import DAMPING, Factor, factorize
 from .parts.clipping import least_error_qparams
 from .parts.column_grid import FEW, ColumnGrid, by_halves
 from .parts.coordinate_descent import Descent, row_losses
-from .parts.input_error import fitted
+from .parts.input_error import fit_to_rounded_input
 
 # Ranges to choose from: fewer than `grid.RATIOS`, since the descent moves the scales of groups on.
 _RATIOS = (1.0, 15 / 14, 0.92, 0.84, 0.76)
@@ -80,28 +80,28 @@ def gptq(
     """
     first, halves = next(iter(group.weights)), group.rounded_input
     x = None if halves is None else halves[0] + halves[1]
-    moment = group.moment if x is None else x.moment
-    if moment is None:
+    hessian = group.hessian if x is None else x.hessian
+    if hessian is None:
         raise NumericsError(f"GPTQ needs the second moments of the input of {first}; the group has none")
     for name, weight in group.weights.items():
         require_finite(weight, name)
-        if moment.shape != (weight.shape[1],) * 2:
+        if hessian.shape != (weight.shape[1],) * 2:
             raise NumericsError(
-                f"moment must be (in, in) of {name} {tuple(weight.shape)}; got {tuple(moment.shape)}"
+                f"moment must be (in, in) of {name} {tuple(weight.shape)}; got {tuple(hessian.shape)}"
             )
-    factor = factorize(moment, damping, first)
+    factor = factorize(hessian, damping, first)
     aims = group.weights
     if halves is not None and x is not None and factor is not None:
-        aims = fitted(group.weights, halves, x, factor)
+        aims = fit_to_rounded_input(group.weights, halves, x, factor)
 
     def rounded(stack: Sequence[tuple[str, slice]]) -> tuple[QuantizedTensor, Tensor]:
         rows = _stacked(group.weights, stack)
         aim = rows if aims is group.weights else _stacked(aims, stack)
-        return _round(rows, aim, group, moment, factor, grid, sweeps)
+        return _round(rows, aim, group, hessian, factor, grid, sweeps)
 
     parts: dict[str, list[tuple[QuantizedTensor, int]]] = {name: [] for name in group.weights}
     tall = sum(len(weight) for weight in group.weights.values()) // _TALL
-    with each_core(moment.device, most=tall) as cores:
+    with on_each_core_or_here(hessian.device, most=tall) as cores:
         stacks = list(_stacks(group.weights, group.scheme.weight, cores.count))
         for stack, (found, kept) in zip(stacks, cores.map(rounded, stacks), strict=True):
             start = 0
@@ -151,7 +151,7 @@ def _round(
     weight: Tensor,
     aim: Tensor,
     group: Group,
-    moment: Tensor,
+    hessian: Tensor,
     factor: Factor | None,
     grid: Literal["least-error", "extremes"],
     sweeps: int,
@@ -162,16 +162,16 @@ def _round(
     steps = nearest.round_all_(_copied_columns(weight))
     if factor is None:
         return nearest.quantized(steps), torch.ones_like(weight[:, 0], dtype=torch.bool)
-    rtn_losses = row_losses(nearest.values(steps).sub_(targets), moment)
+    rtn_losses = row_losses(nearest.values(steps).sub_(targets), hessian)
     found = nearest
     if grid == "least-error":
-        qparams = least_error_qparams(aim, fmt, moment.diagonal(), group.scale_dtype, _RATIOS)
+        qparams = least_error_qparams(aim, fmt, hessian.diagonal(), group.scale_dtype, _RATIOS)
         found = ColumnGrid.of(qparams, fmt, weight.shape)
     gradient, losses = _begin(targets, factor, found, out=steps)
     kept = losses > rtn_losses
     if fmt.granularity in ("tensor", "block"):  # rows share scales, and are kept or not together
         kept = (losses.sum() > rtn_losses.sum()).expand_as(kept)
-    descent = Descent(targets, steps, gradient, found, moment, group.scale_dtype)
+    descent = Descent(targets, steps, gradient, found, hessian, group.scale_dtype)
     if bool(kept.any()):
         descent.restart(kept, nearest, nearest.round_all_(_copied_columns(weight)))
     descent.run(sweeps)

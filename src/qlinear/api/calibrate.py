@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..calibration.collect import calibrate
 from ..calibration.stats import InputStats
-from ..calibration.stats_file import Statistics, input_name, merged, require_writable, save_statistics
+from ..calibration.stats_file import CalibrationStats, input_name, merged, require_writable, save_statistics
 from ..data import Source
 from ..runtime.device import CPU, as_device, moved
 from ..runtime.distributed import Ranks
@@ -59,15 +59,15 @@ def write_statistics(
     Raises QLinearError, before any work, for whatever cannot be done; nothing is written then.
     """
     began, ranks = time.monotonic(), Ranks.present()
-    with ranks.together():
-        if ranks.leads:
+    with ranks.raising_together():
+        if ranks.is_main:
             require_writable(out, overwrite)
         where = as_device(device)
         source = open_model(model, dtype, trust_remote_code, revision, where)
         source.checkpoint.require_unquantized()
         tokens = calibration_ids(calibration, source, samples, seq_len, seed)
     found = gather_statistics(source, tokens, progress, replace(ranks, device=where))
-    ranks.first(lambda: save_statistics(out, found))
+    ranks.on_main(lambda: save_statistics(out, found))
     return Calibration(
         str(out), time.monotonic() - began, tokens.numel(), tuple(found.inputs), tuple(sorted(found.idle))
     )
@@ -79,13 +79,13 @@ def gather_statistics(
     tokens: Tensor,
     progress: Progress = lambda stage, done, total: None,
     ranks: Ranks = _ALONE,
-) -> Statistics:
+) -> CalibrationStats:
     """The statistics of every weight's input in the model's blocks, over token ids (n, seq_len), split over `ranks`."""
     inputs: dict[str, InputStats] = {}
     idle: set[str] = set()
     rows = max(1, _BATCH_TOKENS // tokens.shape[1])
     shown = tokens[: _SHOWN[0], : _SHOWN[1]]
-    batches = [*batches_of(shown, len(shown)), *ranks.part(batches_of(tokens, rows))]
+    batches = [*batches_of(shown, len(shown)), *ranks.shard(batches_of(tokens, rows))]
     with source.lanes(batches) as lanes:
         while (block := lanes.at) is not None and block is not source.head:
             progress("calibrating", source.position(block), len(source.blocks))
@@ -94,7 +94,7 @@ def gather_statistics(
             _add(inputs, stats)
             idle |= unseen
     progress("calibrating", len(source.blocks), len(source.blocks))
-    return Statistics(inputs, frozenset(idle - set(inputs)), source.checkpoint.fingerprint())
+    return CalibrationStats(inputs, frozenset(idle - set(inputs)), source.checkpoint.fingerprint())
 
 
 def _of_block(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.checksums import file_checksums
-from ..checkpoint.dequantized_view import DenseView, quantization_config
+from ..checkpoint.dequantized_view import DequantizedView, quantization_config
 from ..checkpoint.layouts import get_layout
 from ..checkpoint.layouts.base import Layout
 from ..checkpoint.output_dir import clear, require_empty, require_space, write_atomically
@@ -37,7 +37,7 @@ def convert(
     cannot hold what it has.
     """
     layout, out, source = get_layout(format), Path(out), open_checkpoint(model, revision)
-    view = DenseView.of(source)
+    view = DequantizedView.of(source)
     if not view.schemes:
         raise CheckpointError(
             f"{source.path} is not quantized: `qlinear quantize` it, with --format {format}"
@@ -59,7 +59,7 @@ def _ignored(source: Checkpoint) -> list[str]:
     return list(config.get("ignore") or config.get("modules_to_not_convert") or [])
 
 
-def _require_place(view: DenseView, layout: Layout, format: str) -> None:
+def _require_place(view: DequantizedView, layout: Layout, format: str) -> None:
     """Raise SchemeError if a linear keeps a vector that the layout would lose: packing one such linear tells."""
     for module in view.schemes:
         if f"{module}.migration_scale" in view.stored.tensors:
@@ -71,7 +71,7 @@ def _require_place(view: DenseView, layout: Layout, format: str) -> None:
             return
 
 
-def _write(view: DenseView, layout: Layout, writer: ShardWriter) -> None:
+def _write(view: DequantizedView, layout: Layout, writer: ShardWriter) -> None:
     for module in view.schemes:
         for name, tensor in layout.pack(module, view.linear(module)).items():
             writer.add(name, tensor)

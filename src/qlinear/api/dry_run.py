@@ -16,7 +16,7 @@ from ..errors import OutputError
 from ..pipeline.block_state import Progress
 from ..pipeline.check_weights import require_finite
 from ..pipeline.loop import Job, calibration_batches, rows_at_once
-from ..pipeline.output.sink import Done, Nowhere, Unrecorded
+from ..pipeline.output.sink import Done, NullJournal, NullSink
 from ..pipeline.run import Order, Result
 from ..pipeline.select_layers import text_blocks
 from ..runtime.memory import peak_rss
@@ -30,7 +30,7 @@ _BESIDE = 1.2
 _WRITTEN = 64 << 20
 
 
-def forecast(order: Order, out: Path, began: float, progress: Progress, ranks: int = 1) -> Result:
+def estimate(order: Order, out: Path, began: float, progress: Progress, ranks: int = 1) -> Result:
     """What carrying out the order will take: seconds in all, resident bytes at most, and bytes of tensors in `out`.
 
     began: when it was asked for, monotonic time. ranks: how many will share the calibration set.
@@ -68,7 +68,9 @@ def _seconds_of_blocks(order: Order, batches: int) -> tuple[float, float]:
     if tokens is not None:
         tokens = tokens[: max(2, batches * rows_at_once(tokens))]
     recipe = replace(order.recipe, keep_worst=0)
-    job = Job(order.source, Nowhere(), Unrecorded(Done()), recipe, tokens, lambda *_: None, order.statistics)
+    job = Job(
+        order.source, NullSink(), NullJournal(Done()), recipe, tokens, lambda *_: None, order.statistics
+    )
     times = [time.monotonic()]
     with closing(job.steps()) as steps:
         times += [time.monotonic() for _ in islice(steps, _BLOCKS)]

@@ -15,16 +15,16 @@ from typing import Any, Literal
 import torch
 
 from ..checkpoint.dequantized_view import quantization_config
-from ..checkpoint.layouts import HOLD_TRANSPOSED, Keep, get_layout, kept
+from ..checkpoint.layouts import HOLD_TRANSPOSED, MigrationPolicy, get_layout, kept
 from ..checkpoint.layouts.base import Layout, packed_bytes
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.safetensors_header import DTYPE_NAMES, TensorInfo
 from ..formats.scheme import Scheme, get_scheme
 from ..pipeline.select_layers import is_parameter, make_plan, quantizable, replaced_bytes
-from ..streaming.meta_model import skeleton
+from ..streaming.meta_model import build_meta_model
 from ..streaming.open_model import open_checkpoint
 from ..streaming.streamed_model import StreamedModel
-from ..tracing.on_meta import sketch
+from ..tracing.on_meta import groups_on_meta
 
 Migration = Literal["folded", "kept", "none"]
 # The first of the linears that share an input, and the module that can take their smoothing, if there is one.
@@ -65,7 +65,7 @@ def inspect(
     scheme: str | Scheme = "w8a8",
     *,
     format: str = "compressed-tensors",
-    migration_scale: Keep = "unfolded",
+    migration_scale: MigrationPolicy = "unfolded",
     ignore: Sequence[str] | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
@@ -101,7 +101,7 @@ def _with_or_without_weights(model: str | Path, revision: str | None, trust_remo
 
 def imagined_checkpoint(config: Path, trust_remote_code: bool = False) -> Checkpoint:
     """The checkpoint that a config describes, with every tensor in its place but nothing in the file."""
-    model = skeleton(config, trust_remote_code=trust_remote_code)
+    model = build_meta_model(config, trust_remote_code=trust_remote_code)
     tensors, seen = {}, set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
@@ -117,7 +117,7 @@ def _planned(
     ignore: Sequence[str] | None,
     transposed: bool,
     layout: Layout,
-    keep: Keep,
+    keep: MigrationPolicy,
 ) -> Inspection:
     chosen = make_plan(source, scheme, ignore, transposed).chosen
     homes = _homes(source)
@@ -134,7 +134,7 @@ def _planned(
 def _homes(source: StreamedModel) -> dict[str, _Home]:
     """For each linear of the blocks: the first that shares its input, and the module that can take its smoothing."""
     homes: dict[str, _Home] = {}
-    for block, groups in sketch(source.model, source.blocks, source.head).items():
+    for block, groups in groups_on_meta(source.model, source.blocks, source.head).items():
         for group in groups:
             leader = f"{block}.{group.weights[0].module}"
             folded_into = f"{block}.{group.fold.producer.name}" if group.fold else None
@@ -151,7 +151,7 @@ def _planned_linear(
     shape: tuple[int, ...],
     home: _Home | None,
     layout: Layout,
-    keep: Keep,
+    keep: MigrationPolicy,
 ) -> LinearInfo:
     before, migration = _bytes_of(source, name), _migration(shape, home, keep)
     stored = source.stored_dtype(name if is_parameter(source, name) else f"{name}.weight")
@@ -169,7 +169,7 @@ def _float_linear(source: StreamedModel, name: str, shape: tuple[int, ...], home
     return LinearInfo(name, shape, None, (), nbytes, nbytes, home[0] if home else None, "none", None)
 
 
-def _migration(shape: tuple[int, ...], home: _Home | None, keep: Keep) -> Migration:
+def _migration(shape: tuple[int, ...], home: _Home | None, keep: MigrationPolicy) -> Migration:
     """Where the smoothing of a linear that is quantized will live. Experts in a stack have no place to keep theirs."""
     if home is None:
         return "none"
@@ -192,7 +192,7 @@ def _finished(source: StreamedModel) -> Inspection:
     note = json.loads(file.read_text()) if file.is_file() else {}
     told = {layer["name"]: layer for layer in note.get("layers", [])}
     # What other tools made does not say what it was made from: the config's dtype then stands for the source's.
-    dtype = skeleton(source.checkpoint.path, trust_remote_code=source.trust_remote_code).dtype
+    dtype = build_meta_model(source.checkpoint.path, trust_remote_code=source.trust_remote_code).dtype
     linears = tuple(
         _finished_linear(source, name, shape, told.get(name, {}), dtype.itemsize)
         for name, shape in quantizable(source, transposed=True)

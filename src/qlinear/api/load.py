@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..streaming.meta_model import skeleton
+from ..streaming.meta_model import build_meta_model
 from ..streaming.open_model import open_checkpoint, parse_dtype
 from ..streaming.streamed_model import StreamedModel
 
@@ -24,5 +24,7 @@ def load(
     """
     checkpoint = open_checkpoint(model, revision)
     # The file's own dtype unless asked: what is loaded is for use, where the caller's processor decides.
-    wanted = parse_dtype(dtype) or skeleton(checkpoint.path, trust_remote_code=trust_remote_code).dtype
+    wanted = (
+        parse_dtype(dtype) or build_meta_model(checkpoint.path, trust_remote_code=trust_remote_code).dtype
+    )
     return StreamedModel(checkpoint, wanted, trust_remote_code).load().to(device)

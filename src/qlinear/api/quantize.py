@@ -25,7 +25,7 @@ from typing import Literal
 
 import torch
 
-from ..checkpoint.layouts import HOLD_TRANSPOSED, Keep, get_layout, kept
+from ..checkpoint.layouts import HOLD_TRANSPOSED, MigrationPolicy, get_layout, kept
 from ..checkpoint.output_dir import require_empty, require_space
 from ..data import Source
 from ..errors import OutputError
@@ -41,13 +41,13 @@ from ..pipeline.options import (
     require_statistics,
     smoothing_of,
 )
-from ..pipeline.output.journal import can_be_taken_up, is_unfinished
+from ..pipeline.output.journal import can_resume, is_unfinished
 from ..pipeline.run import Order, Result, carry_out
 from ..pipeline.select_layers import make_plan
 from ..runtime.device import CPU, as_device
 from ..runtime.distributed import Ranks
 from ..streaming.open_model import calibration_ids, open_model
-from .dry_run import forecast
+from .dry_run import estimate
 
 __all__ = ["Layer", "Result", "quantize"]
 
@@ -58,7 +58,7 @@ def quantize(
     scheme: str | Scheme = "w8a8",
     *,
     smooth: float | Literal["auto", "off"] | None = None,
-    migration_scale: Keep = "unfolded",
+    migration_scale: MigrationPolicy = "unfolded",
     algorithm: Algorithm = "rtn",
     propagate: bool | None = None,
     scheme_for: Mapping[str, str | Scheme] | None = None,
@@ -103,7 +103,7 @@ def quantize(
     Raises QLinearError, before any work, for whatever cannot be done; nothing is written then.
     """
     began, ranks = time.monotonic(), Ranks.present()
-    with ranks.together():
+    with ranks.raising_together():
         wanted, out = None if scheme == "none" else get_scheme(scheme), Path(out)
         if max_shard_size < 1:
             raise OutputError(f"max_shard_size must be at least 1 byte; got {max_shard_size}")
@@ -118,8 +118,8 @@ def quantize(
         computes = needs_data(smoothing, algorithm, schemes, keep_worst, refine)
         source = open_model(model, dtype, trust_remote_code, revision, where, computes)
         source.checkpoint.require_unquantized()
-        taken_up = ranks.leads and resume and not overwrite and can_be_taken_up(out)
-        if ranks.leads and not taken_up:
+        resumes = ranks.is_main and resume and not overwrite and can_resume(out)
+        if ranks.is_main and not resumes:
             require_empty(out, overwrite or is_unfinished(out), source.checkpoint.path)
         chosen = make_plan(source, wanted, ignore, format in HOLD_TRANSPOSED, others)
         recipe = Recipe(
@@ -129,7 +129,7 @@ def quantize(
         )  # fmt: skip
         require_floats(source, chosen)
         quantization_config(source, layout, chosen, ())  # a layout may have no place for what was asked for
-        if ranks.leads:
+        if ranks.is_main:
             require_space(out, chosen.nbytes)
         statistics = None if stats is None else require_statistics(stats, source, recipe).to(where)
         memory = memory_limit(max_memory, source)
@@ -151,8 +151,8 @@ def quantize(
     ranks = replace(ranks, device=where)
     order = Order(source, chosen, recipe, tokens, statistics, memory, settings)
     if plan:
-        return ranks.first(lambda: forecast(order, out, began, progress, ranks.size))
-    goes_on = ranks.first(lambda: taken_up)
+        return ranks.on_main(lambda: estimate(order, out, began, progress, ranks.size))
+    goes_on = ranks.on_main(lambda: resumes)
     return carry_out(
         order, out, goes_on=goes_on, overwrite=overwrite, ranks=ranks, began=began, progress=progress
     )

@@ -23,7 +23,7 @@ from ..errors import SchemeError, StructureError
 from ..formats.scheme import Scheme, get_scheme
 from ..nn import QLinear
 from ..nn.encoder_fast_path import leave_fast_paths
-from ..tracing.trace import Weight, watching
+from ..tracing.trace import Weight, watching_inputs
 
 _SAMPLE = 256
 # Functions that look a parameter up, or ask about it, without multiplying by it.
@@ -126,7 +126,7 @@ def _run(module: nn.Module, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any
         seen.stats[weight].update(x.detach())
 
     matrices = {id(p) for p in module.parameters() if p.dim() > 1}
-    with torch.no_grad(), _evaluating(module), _hooked(module, seen), watching(module, note):
+    with torch.no_grad(), _evaluating(module), _hooked(module, seen), watching_inputs(module, note):
         for args, kwargs in calls:
             with _Uses(matrices, seen.uses):
                 module(*args, **kwargs)

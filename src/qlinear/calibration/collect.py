@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..runtime.distributed import Ranks
 from ..streaming.lanes import Lane
 from ..tracing.experiment import Trace
-from ..tracing.trace import Weight, watching
+from ..tracing.trace import Weight, watching_inputs
 from .stats import Gathered, InputStats, StatsCollector
 
 SAMPLE_TOKENS = 512
@@ -27,7 +27,7 @@ def calibrate(
     trace: Trace,
     prefix: str = "",
     *,
-    second_moments: Callable[[Weight], bool] = lambda weight: False,
+    needs_hessian_of: Callable[[Weight], bool] = lambda weight: False,
     advance: bool = True,
     ranks: Ranks = _ALONE,
 ) -> dict[Weight, InputStats]:
@@ -40,15 +40,15 @@ def calibrate(
     """
     source = {p.weight: p.source for p in reversed(trace.products)}
     measured = {key: weight for weight, key in source.items()}
-    batches = ranks.each(lambda: len(lanes))
+    batches = ranks.gather(lambda: len(lanes))
     per_batch, first = -(-SAMPLE_TOKENS // max(1, sum(batches))), sum(batches[: ranks.rank])
-    asked = {measured[key] for weight, key in source.items() if second_moments(weight)}
+    asked = {measured[key] for weight, key in source.items() if needs_hessian_of(weight)}
     collectors = {weight: StatsCollector(per_batch, weight in asked) for weight in measured.values()}
     last, batch = None if advance else _last(block, trace), first
 
     def note(weight: Weight, x: Tensor) -> None:
         if weight not in source:  # an expert that no token of the trace has reached
-            collectors.setdefault(weight, StatsCollector(per_batch, second_moments(weight)))
+            collectors.setdefault(weight, StatsCollector(per_batch, needs_hessian_of(weight)))
         if weight in collectors:
             collectors[weight].update(x, batch)
         if weight == last:
@@ -56,7 +56,7 @@ def calibrate(
 
     def gather() -> dict[Weight, Gathered]:
         nonlocal batch
-        with watching(block, note), torch.no_grad():
+        with watching_inputs(block, note), torch.no_grad():
             for lane in lanes:
                 batch += 1
                 if advance:
@@ -65,13 +65,13 @@ def calibrate(
                     lane.rehearse(lambda call: call.run_until(_Enough))
         return {w: c.gathered(f"{prefix}.{w.module}") for w, c in collectors.items() if c.tokens}
 
-    parts = ranks.each(gather)
+    parts = ranks.gather(gather)
     seen: dict[Weight, InputStats] = {}
     for weight in dict.fromkeys(weight for part in parts for weight in part):
         total = reduce(operator.add, (part[weight] for part in parts if weight in part))
-        wanted = weight in asked or (weight not in source and second_moments(weight))
-        moment = _moment(collectors.get(weight), total, ranks) if wanted else None
-        seen[weight] = total.stats(moment)
+        wanted = weight in asked or (weight not in source and needs_hessian_of(weight))
+        hessian = _hessian(collectors.get(weight), total, ranks) if wanted else None
+        seen[weight] = total.stats(hessian)
     of = {weight: measured[key] for weight, key in source.items()} | {w: w for w in seen if w not in source}
     return {weight: seen[one] for weight, one in of.items() if one in seen}
 
@@ -85,11 +85,11 @@ def _last(block: nn.Module, trace: Trace) -> Weight | None:
     return weights[-1] if is_last and weights[-1].index is None else None
 
 
-def _moment(collector: StatsCollector | None, total: Gathered, ranks: Ranks) -> Tensor:
+def _hessian(collector: StatsCollector | None, total: Gathered, ranks: Ranks) -> Tensor:
     """The sum of x xᵀ over all ranks (in, in), on and above the diagonal's blocks."""
-    if collector is None or collector.moment is None:
-        return ranks.add_up(total.low.new_zeros(len(total.low), len(total.low)))
-    return ranks.add_up(collector.moment)
+    if collector is None or collector.hessian is None:
+        return ranks.all_reduce(total.low.new_zeros(len(total.low), len(total.low)))
+    return ranks.all_reduce(collector.hessian)
 
 
 def absmax_of(stats: Mapping[Weight, InputStats], weights: Iterable[Weight]) -> dict[Weight, Tensor]:

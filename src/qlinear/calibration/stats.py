@@ -38,7 +38,7 @@ class InputStats:
     mean: Tensor
     tokens: int
     sample: Tensor
-    moment: Tensor | None = None
+    hessian: Tensor | None = None
     others: tuple[Tensor, Tensor] | None = None
 
     def without_sample(self) -> "InputStats":
@@ -70,11 +70,11 @@ class Gathered:
             torch.minimum(self.other_low, other.other_low), torch.maximum(self.other_high, other.other_high),
         )  # fmt: skip
 
-    def stats(self, moment: Tensor | None) -> InputStats:
+    def stats(self, hessian: Tensor | None) -> InputStats:
         """The statistics; `moment` is the sum of x xᵀ, on and above the diagonal's blocks, which is used up."""
         absmax = torch.maximum(self.high, -self.low)
         mean, absmean = self.sum / self.tokens, self.abs_sum / self.tokens
-        whole = None if moment is None else mirrored(moment.div_(self.tokens))
+        whole = None if hessian is None else symmetrized(hessian.div_(self.tokens))
         others = (
             (self.other_low, self.other_high) if bool((self.other_low <= self.other_high).all()) else None
         )
@@ -89,10 +89,10 @@ class StatsCollector:
     are those of the first: tokens of one sequence are alike, and a batch is mostly several.
     """
 
-    def __init__(self, sample_per_batch: int, second_moment: bool = False) -> None:
+    def __init__(self, sample_per_batch: int, hessian: bool = False) -> None:
         self.tokens = 0
-        self.moment: Tensor | None = None
-        self._second_moment = second_moment
+        self.hessian: Tensor | None = None
+        self._wants_hessian = hessian
         self._sample_per_batch = sample_per_batch
         self._samples: list[Tensor] = []
         self._sums = self._extremes = self._others = torch.zeros(2, 0)
@@ -108,8 +108,8 @@ class StatsCollector:
                 torch.full_like(self._sums, _INF),
             )
         self.tokens += x.shape[0]
-        if self._second_moment:
-            self._add_moment(x.float())
+        if self._wants_hessian:
+            self._add_hessian(x.float())
         first, second = x[: x.shape[0] // 2], x[x.shape[0] // 2 :]
         for rows in _chunks(first):
             torch.minimum(self._others, self._add(rows), out=self._others)
@@ -132,11 +132,11 @@ class StatsCollector:
         self._sums += torch.stack([x.sum(0), x.abs().sum(0)])
         return ends
 
-    def _add_moment(self, x: Tensor) -> None:
+    def _add_hessian(self, x: Tensor) -> None:
         """Add xᵀ x, on and above the diagonal's blocks."""
-        if self.moment is None:
-            self.moment = x.new_zeros(x.shape[1], x.shape[1])
-        add_products(self.moment, x)
+        if self.hessian is None:
+            self.hessian = x.new_zeros(x.shape[1], x.shape[1])
+        add_outer_products(self.hessian, x)
 
     def gathered(self, name: str) -> Gathered:
         """What was gathered. Raises NumericsError, with the weight's name, if there was NaN or infinity."""
@@ -152,7 +152,7 @@ class StatsCollector:
 
     def stats(self, name: str) -> InputStats:
         """The statistics, where nobody else saw tokens; nothing can be taken in afterwards. Raises NumericsError."""
-        return self.gathered(name).stats(self.moment)
+        return self.gathered(name).stats(self.hessian)
 
 
 def _chunks(x: Tensor) -> Iterator[Tensor]:
@@ -161,18 +161,18 @@ def _chunks(x: Tensor) -> Iterator[Tensor]:
         yield from (rows.float() for rows in torch.split(x, max(1, _CHUNK // max(1, x.shape[1]))))
 
 
-def add_products(moment: Tensor, x: Tensor) -> None:
+def add_outer_products(hessian: Tensor, x: Tensor) -> None:
     """Add xᵀ x of x (tokens, in) to a moment (in, in), on and above the diagonal's blocks."""
     for start in range(0, x.shape[1], _PANEL):
-        panel = moment[start : start + _PANEL, start:]
+        panel = hessian[start : start + _PANEL, start:]
         panel.addmm_(x[:, start : start + _PANEL].T, x[:, start:])
 
 
-def mirrored(moment: Tensor) -> Tensor:
+def symmetrized(hessian: Tensor) -> Tensor:
     """A symmetric matrix with what is above the diagonal mirrored to below it, in place."""
-    for start in range(0, len(moment), _PANEL):
+    for start in range(0, len(hessian), _PANEL):
         stop = start + _PANEL
-        middle = moment[start:stop, start:stop]
+        middle = hessian[start:stop, start:stop]
         middle.copy_(middle.triu() + middle.triu(1).T)
-        moment[stop:, start:stop] = moment[start:stop, stop:].T
-    return moment
+        hessian[stop:, start:stop] = hessian[start:stop, stop:].T
+    return hessian

@@ -35,7 +35,7 @@ _KIND = "qlinear statistics"
 
 
 @dataclass(frozen=True, slots=True)
-class Statistics:
+class CalibrationStats:
     """What calibration found of a model, or what a file holds of that.
 
     inputs: by a weight's name; weights that read one tensor may share one. Samples are empty, and tokens 0 where the
@@ -46,7 +46,7 @@ class Statistics:
     idle: frozenset[str] = frozenset()
     fingerprint: str | None = None
 
-    def to(self, device: torch.device) -> "Statistics":
+    def to(self, device: torch.device) -> "CalibrationStats":
         """The same on another device; what several weights share stays shared."""
         there = {id(stats): moved(stats, device) for stats in self.inputs.values()}
         return replace(self, inputs={name: there[id(stats)] for name, stats in self.inputs.items()})
@@ -108,13 +108,13 @@ def require_writable(path: str | Path, overwrite: bool = False) -> None:
         raise OutputError(f"{path} exists: choose another name, or pass --overwrite")
 
 
-def save_statistics(path: str | Path, statistics: Statistics) -> None:
+def save_statistics(path: str | Path, statistics: CalibrationStats) -> None:
     """Write statistics in the form that the suffix of `path` names; a reader never sees half a file."""
     to_bytes, _ = _form(Path(path))
     write_atomically(Path(path), to_bytes(statistics))
 
 
-def load_statistics(path: str | Path, fingerprint: str | None = None) -> Statistics:
+def load_statistics(path: str | Path, fingerprint: str | None = None) -> CalibrationStats:
     """Statistics from a file of either form.
 
     fingerprint: of the checkpoint that they are for. Raises DataError if the file is missing, is no such file, or was
@@ -132,7 +132,7 @@ def load_statistics(path: str | Path, fingerprint: str | None = None) -> Statist
     return statistics
 
 
-def _form(path: Path) -> tuple[Callable[[Statistics], bytes], Callable[[Path], Statistics]]:
+def _form(path: Path) -> tuple[Callable[[CalibrationStats], bytes], Callable[[Path], CalibrationStats]]:
     """How to write and read a file of this suffix."""
     forms = {".safetensors": (_to_safetensors, _read_safetensors), ".pth": (_to_pickle, _read_pickle)}
     if path.suffix not in forms:
@@ -142,7 +142,7 @@ def _form(path: Path) -> tuple[Callable[[Statistics], bytes], Callable[[Path], S
     return forms[path.suffix]
 
 
-def _to_safetensors(statistics: Statistics) -> bytes:
+def _to_safetensors(statistics: CalibrationStats) -> bytes:
     first: dict[int, str] = {}
     shared = {name: first.setdefault(id(stats), name) for name, stats in statistics.inputs.items()}
     held = {name: statistics.inputs[name] for name in first.values()}
@@ -162,7 +162,7 @@ def _to_safetensors(statistics: Statistics) -> bytes:
     return made
 
 
-def _read_safetensors(path: Path) -> Statistics:
+def _read_safetensors(path: Path) -> CalibrationStats:
     try:
         with safe_open(path, framework="pt") as file:
             about = (file.metadata() or {}).get(_KIND)
@@ -177,17 +177,17 @@ def _read_safetensors(path: Path) -> Statistics:
         for name, count in known["tokens"].items()
     }
     inputs |= {name: inputs[leader] for name, leader in known["shared"].items()}
-    return Statistics(inputs, frozenset(known["idle"]), known["fingerprint"])
+    return CalibrationStats(inputs, frozenset(known["idle"]), known["fingerprint"])
 
 
-def _to_pickle(statistics: Statistics) -> bytes:
+def _to_pickle(statistics: CalibrationStats) -> bytes:
     buffer = io.BytesIO()
     tables = {form: {n: getattr(s, form) for n, s in statistics.inputs.items()} for form in FORMS}
     torch.save(tables, buffer)
     return buffer.getvalue()
 
 
-def _read_pickle(path: Path) -> Statistics:
+def _read_pickle(path: Path) -> CalibrationStats:
     try:
         tables = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
@@ -205,7 +205,7 @@ def _read_pickle(path: Path) -> Statistics:
         for name in tables["absmax"]
         if name not in idle
     }
-    return Statistics(inputs, idle)
+    return CalibrationStats(inputs, idle)
 
 
 def _are_tables(tables: Any) -> bool:

@@ -24,7 +24,7 @@ _SCALES = ("weight_scale", "scale", "scales")
 
 
 @dataclass(frozen=True)
-class DenseView(Checkpoint):
+class DequantizedView(Checkpoint):
     """A checkpoint in which each quantized matrix is a float32 tensor `<module>.weight`.
 
     stored: the checkpoint as it is. layout, schemes: how the quantized linears lie in it, by the file's module names.
@@ -37,7 +37,7 @@ class DenseView(Checkpoint):
     holders: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> "DenseView":
+    def of(cls, checkpoint: Checkpoint) -> "DequantizedView":
         """The view of a checkpoint, quantized or not. Raises CheckpointError for a quantization we cannot read."""
         config = quantization_config(checkpoint)
         if config is None:
@@ -71,11 +71,11 @@ class DenseView(Checkpoint):
         is_quantized = leaf == "weight" and module in self.schemes
         return self.read(name, out) if is_quantized else self.stored.read_as(name, out)
 
-    def read_up(self, name: str, out: Tensor, lift: Lift) -> Tensor:
+    def read_to_device(self, name: str, out: Tensor, lift: Lift) -> Tensor:
         """A tensor as `Checkpoint.read_up` gives it; a quantized matrix dequantized."""
         module, _, leaf = name.rpartition(".")
         is_quantized = leaf == "weight" and module in self.schemes
-        return self.read(name, out) if is_quantized else self.stored.read_up(name, out, lift)
+        return self.read(name, out) if is_quantized else self.stored.read_to_device(name, out, lift)
 
 
 def quantization_config(checkpoint: Checkpoint) -> dict[str, Any] | None:

@@ -119,7 +119,7 @@ class Checkpoint:
             done += len(values)
         return out
 
-    def read_up(self, name: str, out: Tensor, lift: Lift) -> Tensor:
+    def read_to_device(self, name: str, out: Tensor, lift: Lift) -> Tensor:
         """Read a tensor into `out` (contiguous, its shape) on an accelerator, and convert it to the dtype of `out`."""
         info = self.info(name)
         with _opened(info.file) as file:
@@ -127,7 +127,7 @@ class Checkpoint:
             def fill(memory: memoryview, before: int) -> None:
                 _read_exactly(file, memory, info.start + before, info.file)
 
-            lift.take_up(fill, info.nbytes, info.dtype, out)
+            lift.upload(fill, info.nbytes, info.dtype, out)
         return out
 
     def chunks(self, name: str, size: int = _CHUNK) -> Iterator[memoryview]:

@@ -158,7 +158,7 @@ def quantize(
     """Make a smaller, faster checkpoint that vLLM, SGLang and transformers load."""
     from ..api.quantize import quantize as run
 
-    with _processes() as ranks, Bars(quiet or not ranks.leads) as bars:
+    with _processes() as ranks, Bars(quiet or not ranks.is_main) as bars:
         result = run(
             model, out, scheme, smooth=_alpha(smooth), migration_scale=cast(Any, migration_scale),
             algorithm=cast(Any, algorithm), propagate=propagate, scheme_for=_pairs(scheme_for),
@@ -169,7 +169,7 @@ def quantize(
             plan=plan, overwrite=overwrite, resume=resume, trust_remote_code=trust_remote_code, revision=revision,
             progress=bars.update,
         )  # fmt: skip
-    if ranks.leads:
+    if ranks.is_main:
         _show(result, as_json, show_result)
 
 
@@ -202,13 +202,13 @@ def calibrate(
     """Write the statistics of every linear's input: absmax, absmean, min, max and mean of each channel."""
     from ..api.calibrate import write_statistics as run
 
-    with _processes() as ranks, Bars(quiet or not ranks.leads) as bars:
+    with _processes() as ranks, Bars(quiet or not ranks.is_main) as bars:
         done = run(
             model, stats, calibration=calibration, samples=samples, seq_len=seq_len, dtype=dtype, device=device,
             seed=seed, overwrite=overwrite, trust_remote_code=trust_remote_code, revision=revision,
             progress=bars.update,
         )  # fmt: skip
-    if ranks.leads:
+    if ranks.is_main:
         _show(done, as_json, show_calibration)
 
 

@@ -148,7 +148,7 @@ class Scheme:
         return self.activation is not None and not self.activation.dynamic
 
     @property
-    def is_lopsided(self) -> bool:
+    def is_asymmetric(self) -> bool:
         """Whether the input's codes need not reach as far below zero as above."""
         return self.activation is not None and not self.activation.symmetric
 

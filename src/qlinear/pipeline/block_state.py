@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..algorithms.base import RoundedInput
 from ..algorithms.parts.smoothing_search import Search
 from ..calibration.stats import InputStats
-from ..checkpoint.layouts import Keep
+from ..checkpoint.layouts import MigrationPolicy
 from ..checkpoint.layouts.base import Layout
 from ..formats.scheme import Scheme
 from ..tracing.experiment import Trace
@@ -69,7 +69,7 @@ class Recipe:
     smooth: float | Literal["auto", "awq"] | None = 0.5
     propagate: bool = False
     keep_worst: int = 0
-    migration_scale: Keep = "never"
+    migration_scale: MigrationPolicy = "never"
     holders: frozenset[str] = frozenset()
     refine: int = 0
 
@@ -87,15 +87,15 @@ class Recipe:
             return False
         return weight.of(found.block).shape[1] <= _WIDEST
 
-    def needs_moment(self, found: "Findings", weight: Weight) -> bool:
+    def needs_hessian(self, found: "Findings", weight: Weight) -> bool:
         """Whether an algorithm asks for the second moments of what a weight reads, as it is before it is rounded."""
         chosen = self.algorithm == "gptq" and found.full_name(weight) in self.schemes
         return chosen and not self.fits(found, weight)
 
     @property
-    def turns(self) -> bool:
+    def may_flip_signs(self) -> bool:
         """Whether smoothing may turn the signs of channels: see `smooth.turned`."""
-        return self.smooth is not None and any(scheme.is_lopsided for scheme in self.schemes.values())
+        return self.smooth is not None and any(scheme.is_asymmetric for scheme in self.schemes.values())
 
 
 @dataclass(slots=True)

@@ -91,7 +91,7 @@ def _gathered(group: InputGroup, of: Mapping[Weight, Tensor]) -> Tensor:
     return torch.stack([r.gather(of[r.weight], size) for r in readers if r.weight in of])
 
 
-def turned(
+def flip_signs(
     group: InputGroup,
     matrices: Mapping[Weight, Tensor],
     low: Mapping[Weight, Tensor],

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..calibration.collect import calibrate
 from ..calibration.stats import InputStats
-from ..calibration.stats_file import Statistics
+from ..calibration.stats_file import CalibrationStats
 from ..checkpoint.reader import Checkpoint
 from ..errors import StructureError
 from ..runtime.distributed import Ranks
@@ -27,15 +27,15 @@ from ..streaming.spill import Spill
 from ..streaming.streamed_model import StreamedModel
 from ..tracing.experiment import Trace
 from ..tracing.folds import Fold, find_groups
-from ..tracing.proof import examine, reversible, run_in_float32
+from ..tracing.proof import find_and_prove_folds, reversible, run_in_float32
 from ..tracing.trace import Weight
 from .block_state import Findings, Layer, Progress, Recipe, joined, unseen
 from .check_weights import finding_bad_weights
 from .output.block_writer import BlockWriter
 from .output.sink import Record, Sink
-from .propagate import simulated
+from .propagate import running_quantized
 from .quantize_groups import Rounded
-from .refine_block import hidden_of, refine
+from .refine_block import hidden_state, refine
 from .rounded_inputs import rounded_inputs
 from .smooth_block import smooth_block
 
@@ -74,7 +74,7 @@ class Job:
         recipe: Recipe,
         tokens: Tensor | None,
         progress: Progress,
-        statistics: Statistics | None = None,
+        statistics: CalibrationStats | None = None,
         ranks: Ranks = _ALONE,
         spill: Spill | None = None,
     ) -> None:
@@ -82,7 +82,7 @@ class Job:
         self.source, self.recipe, self.tokens, self.progress = source, recipe, tokens, progress
         self.journal = journal
         self.blocks = BlockWriter(source, writer, recipe, journal.done, ranks)
-        self._likely: Sequence[Fold] = ()
+        self._previous_folds: Sequence[Fold] = ()
         self._held_back: set[str] = set()
         self._shared = shared_parameters(source.blocks.values())
 
@@ -105,7 +105,7 @@ class Job:
         """Every block, then what belongs to none."""
         for _ in self.steps():
             pass
-        self.journal.settle()
+        self.journal.flush()
         self.blocks.finish()
         self.progress("quantizing", len(self.source.blocks), len(self.source.blocks))
 
@@ -119,7 +119,7 @@ class Job:
 
     def _plain_steps(self) -> Iterator[str]:
         """Where nothing passes through the blocks: the next one is read while one is rounded and the last written."""
-        with self.blocks.on_each_core(), self.source.read_ahead():
+        with self.blocks.on_each_core(), self.source.prefetching():
             for name, block in self.source.blocks.items():
                 if name not in self.journal.done.blocks:
                     with self._loaded(block, self.recipe.schemes):
@@ -171,7 +171,7 @@ class Job:
     def _batches(self, tokens: Tensor) -> list[dict[str, Any]]:
         """Of this rank: the experiments, which all make, and its part of the calibration set."""
         calibration = [] if self.statistics else calibration_batches(tokens)
-        mine = self.ranks.part(calibration)
+        mine = self.ranks.shard(calibration)
         return [*experiments(tokens), *mine, *(mine if self.recipe.refine else ())]
 
     def _findings(self, block: nn.Module) -> Findings:
@@ -179,15 +179,15 @@ class Job:
         return Findings(name, block, lambda key: self.source.stored_dtype(joined(name, key)))
 
     def _calibrated(self, block: nn.Module, at: Standing) -> None:
-        trace, self._likely = examine(
-            block, at.probe.waiting, at.proof.waiting, self._likely, self._shared[block]
+        trace, self._previous_folds = find_and_prove_folds(
+            block, at.probe.waiting, at.proof.waiting, self._previous_folds, self._shared[block]
         )
         at.probe.step()
         found = self._findings(block)
         advance = not self.recipe.propagate and not self._is_last(at)
         found.stats = self._statistics_of(found, trace, at, advance)
-        folds = [] if self.recipe.migration_scale == "always" else self._likely
-        if self.recipe.turns and folds:
+        folds = [] if self.recipe.migration_scale == "always" else self._previous_folds
+        if self.recipe.may_flip_signs and folds:
             found.reversible = reversible(block, at.proof.waiting, folds, trace)
         at.proof.step()
         found.groups = find_groups(trace, folds)
@@ -215,7 +215,7 @@ class Job:
             return self.statistics.of_block(found.name, trace)
         return calibrate(
             found.block, at.calibration, trace, found.name, advance=advance, ranks=self.ranks,
-            second_moments=lambda weight: self.recipe.needs_moment(found, weight),
+            needs_hessian_of=lambda weight: self.recipe.needs_hessian(found, weight),
         )  # fmt: skip
 
     def _see_rounded(self, found: Findings, at: Standing) -> None:
@@ -248,10 +248,10 @@ class Job:
         for lane in at.originals:
             output = lane.waiting.run()
             # A copy: what the lane goes on with may have to wait on the disk.
-            targets.append(hidden_of(output).float().clone())
+            targets.append(hidden_state(output).float().clone())
             lane.advance(output)
         rounded, shared = list(chain.from_iterable(units)), self._shared[found.block]
-        refined = self.ranks.first(
+        refined = self.ranks.on_main(
             lambda: refine(found, rounded, at.calibration, targets, self.recipe.refine, shared)
         )
         if refined is None:
@@ -265,12 +265,14 @@ class Job:
         """Pass a block that was finished before, as the run that finished it did."""
         found = self._findings(block)
         if found.name == self.journal.done.blocks[-1]:
-            _, self._likely = examine(block, at.probe.waiting, at.proof.waiting, (), self._shared[block])
+            _, self._previous_folds = find_and_prove_folds(
+                block, at.probe.waiting, at.proof.waiting, (), self._shared[block]
+            )
         at.probe.step()
         passes_now = not self.recipe.propagate and not self._is_last(at)
         for lane in (at.proof, *(at.calibration if passes_now else ())):
             lane.step()
-        left = self.ranks.first(lambda: self.journal.left_of(found.name))
+        left = self.ranks.on_main(lambda: self.journal.record_of(found.name))
         found.smoothing, found.refined = left.smoothing, left.refined
         for key, tensor in left.changed.items():
             block.get_parameter(key).detach().copy_(tensor)
@@ -278,12 +280,12 @@ class Job:
         for lane in (at.smoothed, *at.originals):
             lane.step()
         if self.recipe.propagate and not self._is_last(at):
-            held = self.ranks.first(lambda: self.blocks.read_back(found))
+            held = self.ranks.on_main(lambda: self.blocks.read_back(found))
             self._pass_on(found, self.blocks.put_back(found, held), at.calibration)
 
     def _pass_on(self, found: Findings, rounded: Sequence[Rounded], calibration: Sequence[Lane]) -> None:
         """Let the calibration set pass through the block as it has become."""
-        with simulated(found, rounded):
+        with running_quantized(found, rounded):
             for lane in calibration:
                 lane.step()
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ..calibration.stats_file import Statistics, load_statistics
+from ..calibration.stats_file import CalibrationStats, load_statistics
 from ..checkpoint.layouts.base import Layout
 from ..checkpoint.layouts.qlinear import float_config
 from ..errors import DataError, SchemeError
@@ -18,7 +18,7 @@ from .select_layers import Plan, file_names
 _BLOCKS_AT_ONCE = 3
 
 
-def require_statistics(stats: str | Path, source: StreamedModel, recipe: Recipe) -> Statistics:
+def require_statistics(stats: str | Path, source: StreamedModel, recipe: Recipe) -> CalibrationStats:
     """Statistics from a file. Raises SchemeError for what needs the inputs themselves, DataError for what lacks."""
     if recipe.algorithm != "rtn" or isinstance(recipe.smooth, str) or recipe.propagate:
         raise SchemeError(

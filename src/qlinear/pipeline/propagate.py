@@ -19,7 +19,7 @@ from .quantize_groups import Rounded
 
 
 @contextmanager
-def simulated(found: Findings, rounded: Sequence[Rounded]) -> Iterator[None]:
+def running_quantized(found: Findings, rounded: Sequence[Rounded]) -> Iterator[None]:
     """While open, inputs are rounded; the weights of the block stay rounded, and its vectors refined, for good."""
     for name, vector in found.refined.items():
         found.block.get_parameter(name).detach().copy_(vector)
@@ -28,19 +28,19 @@ def simulated(found: Findings, rounded: Sequence[Rounded]) -> Iterator[None]:
         if matrix.dim() > 2:
             _copy_experts(each.held.weight, matrix)
         else:
-            matrix.copy_(values_of(each.held))
-    with rounding_inputs(found.block, rounded):
+            matrix.copy_(dequantized_weight(each.held))
+    with quantizing_inputs(found.block, rounded):
         yield
 
 
-def values_of(held: QuantizedLinear) -> Tensor:
+def dequantized_weight(held: QuantizedLinear) -> Tensor:
     """What a linear's codes stand for, as the weight (out, in) of one that does not divide its input."""
     floats = held.weight.dequantize()
     return floats if held.migration_scale is None else floats / held.migration_scale
 
 
 @contextmanager
-def rounding_inputs(block: nn.Module, rounded: Sequence[Rounded]) -> Iterator[None]:
+def quantizing_inputs(block: nn.Module, rounded: Sequence[Rounded]) -> Iterator[None]:
     """While open, the inputs of linears pass through the codes of their activations; those of experts do not, since no
     module stands before each."""
     hooks = [

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ..algorithms import clip, gptq, narrowed, round_to_nearest
+from ..algorithms import choose_static_range, clip, gptq, round_to_nearest
 from ..algorithms.base import Group
 from ..calibration.stats import InputStats
 from ..checkpoint.layouts.base import QuantizedLinear, scale_dtype
@@ -49,7 +49,7 @@ def grouped(found: Findings, weights: Sequence[Weight], recipe: Recipe) -> list[
 def _group(found: Findings, members: Sequence[Weight], scheme: Scheme, stats: InputStats) -> Group:
     return Group(
         {found.full_name(weight) + _slice(weight): found.matrix(weight) for weight in members},
-        scheme, stats.min, stats.max, stats.absmean, stats.sample.float(), stats.moment,
+        scheme, stats.min, stats.max, stats.absmean, stats.sample.float(), stats.hessian,
         scale_dtype(scheme, found.stored_dtype(members[0].name)), stats.others,
     )  # fmt: skip
 
@@ -68,7 +68,7 @@ def smoothed_groups(
             smoothed = group.divided(found.smoothing.columns[first])
         if group.scheme.is_static:
             if first not in found.ranges:
-                chosen = narrowed(smoothed)
+                chosen = choose_static_range(smoothed)
                 found.ranges[first] = chosen.low, chosen.high
             low, high = found.ranges[first]
             smoothed = replace(smoothed, low=low, high=high)
@@ -148,7 +148,7 @@ def _algorithm(group: Group, algorithm: Algorithm) -> dict[str, tuple[QuantizedT
     """Codes of every weight of a group, and what a user should know of how they came about."""
     if algorithm == "awq":
         return {name: (clipped.weight, None) for name, clipped in clip(group).items()}
-    if algorithm == "gptq" and (group.moment is not None or group.rounded_input is not None):
+    if algorithm == "gptq" and (group.hessian is not None or group.rounded_input is not None):
         return _gptq(group)
     return {
         name: (round_to_nearest(matrix, group.scheme, name, group.scale_dtype), None)

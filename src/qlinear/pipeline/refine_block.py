@@ -23,7 +23,7 @@ from torch.func import functional_call
 from ..checkpoint.layouts.base import QuantizedLinear
 from ..streaming.lanes import Call, Lane
 from .block_state import Findings
-from .propagate import rounding_inputs, values_of
+from .propagate import dequantized_weight, quantizing_inputs
 from .quantize_groups import Rounded
 
 # The first step moves a scale by this share of itself, about one of bfloat16's; later ones by less and less.
@@ -31,7 +31,7 @@ _RATE = 4e-3
 _BETAS = (0.9, 0.95)
 
 
-def hidden_of(output: Any) -> Tensor:
+def hidden_state(output: Any) -> Tensor:
     """What a block passes on: its output, or the first of its outputs."""
     tensor: Tensor = output if isinstance(output, Tensor) else output[0]
     return tensor
@@ -135,9 +135,9 @@ def _distance(block: nn.Module, refined: Refined, lane: Lane, target: Tensor) ->
         parameters[name] = vector.to(block.get_parameter(name).dtype)
 
     def run(call: Call) -> Tensor:
-        with rounding_inputs(block, refined.rounded):
+        with quantizing_inputs(block, refined.rounded):
             output = functional_call(block, parameters, call.args, call.kwargs)
-        return (hidden_of(output).float() - target).square().sum()
+        return (hidden_state(output).float() - target).square().sum()
 
     return lane.rehearse(run)
 
@@ -157,7 +157,7 @@ def _parameters(block: nn.Module, rounded: Sequence[Rounded]) -> dict[str, Tenso
     """What the codes of a block's weights stand for, by the names of its parameters; of stacks, all matrices."""
     matrices: dict[str, list[tuple[int, Tensor]]] = {}
     for each in rounded:
-        weight, values = each.weight, values_of(each.held)
+        weight, values = each.weight, dequantized_weight(each.held)
         matrices.setdefault(weight.name, []).append(
             (weight.index or 0, values.mT if weight.transposed else values)
         )

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..algorithms.base import Group, RoundedInput
-from ..calibration.stats import add_products, mirrored
+from ..calibration.stats import add_outer_products, symmetrized
 from ..runtime.distributed import Ranks
 from ..streaming.lanes import Lane
-from ..tracing.trace import Weight, watching
+from ..tracing.trace import Weight, watching_inputs
 from .block_state import Findings, Recipe
 from .quantize_groups import smoothed_groups
 
@@ -40,7 +40,7 @@ def rounded_inputs(
         if weight in sums:
             sums[weight].add(x.float())
 
-    with ranks.together(), _smoothed(found), watching(found.block, note):
+    with ranks.raising_together(), _smoothed(found), watching_inputs(found.block, note):
         for lane in lanes:
             lane.rehearse(lambda call: call.run())
     return {weight: each.over(ranks) for weight, each in sums.items()}
@@ -51,7 +51,7 @@ class _Halves:
     different sequences."""
 
     def __init__(self, group: Group, migration: Tensor | None) -> None:
-        self._group = replace(group, weights={}, sample=group.sample[:0], moment=None)
+        self._group = replace(group, weights={}, sample=group.sample[:0], hessian=None)
         self._migration = migration
         self._sums = _Sums(group.low), _Sums(group.low)
 
@@ -72,18 +72,20 @@ class _Sums:
     """Sums over tokens; see `RoundedInput`. like: (in,), for device and dtype."""
 
     def __init__(self, like: Tensor) -> None:
-        self._moment, self._drift = (like.new_zeros(len(like), len(like)) for _ in range(2))
+        self._hessian, self._drift = (like.new_zeros(len(like), len(like)) for _ in range(2))
         self._tokens = torch.zeros(1, dtype=torch.int64)
 
     def add(self, x: Tensor, rounded: Tensor) -> None:
-        add_products(self._moment, rounded)
+        add_outer_products(self._hessian, rounded)
         self._drift.addmm_((x - rounded).T, rounded)
         self._tokens += len(x)
 
     def over(self, ranks: Ranks) -> RoundedInput:
-        moment, drift, tokens = (ranks.add_up(each) for each in (self._moment, self._drift, self._tokens))
+        hessian, drift, tokens = (
+            ranks.all_reduce(each) for each in (self._hessian, self._drift, self._tokens)
+        )
         count = int(tokens)
-        return RoundedInput(mirrored(moment.div_(max(1, count))), drift.div_(max(1, count)), count)
+        return RoundedInput(symmetrized(hessian.div_(max(1, count))), drift.div_(max(1, count)), count)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..calibration.stats_file import Statistics
+from ..calibration.stats_file import CalibrationStats
 from ..checkpoint.output_dir import clear
 from ..checkpoint.reader import Checkpoint
 from ..runtime.distributed import Ranks
@@ -22,7 +22,7 @@ from .options import quantization_config
 from .output.cleanup import leaving_no_trace
 from .output.finalize import finish
 from .output.journal import begin, discard, identity
-from .output.sink import Done, Nowhere, Record, Sink, Unrecorded
+from .output.sink import Done, NullJournal, NullSink, Record, Sink
 from .select_layers import Plan
 
 
@@ -53,7 +53,7 @@ class Order:
     plan: Plan
     recipe: Recipe
     tokens: Tensor | None
-    statistics: Statistics | None
+    statistics: CalibrationStats | None
     memory: int | None
     settings: dict[str, Any]
 
@@ -64,21 +64,21 @@ def carry_out(
     """Do the job. goes_on: with what an interrupted run left in `out`. began: when it was asked for, monotonic time."""
     source, existed = order.source, out.is_dir()
     if not goes_on:
-        ranks.first(lambda: _prepare(source, out, overwrite, progress))
+        ranks.on_main(lambda: _prepare(source, out, overwrite, progress))
     writer, journal = _begun(order, out, ranks)
     with ExitStack() as stack:
         spill = None
         if order.memory is not None:
-            spill = stack.enter_context(closing(Spill(order.memory, out if ranks.leads else None)))
+            spill = stack.enter_context(closing(Spill(order.memory, out if ranks.is_main else None)))
         job = Job(
             source, writer, journal, order.recipe, order.tokens, progress, order.statistics, ranks, spill
         )
-        if ranks.leads:
+        if ranks.is_main:
             stack.enter_context(leaving_no_trace(job, out, existed))
         job.run()
-        ranks.first(lambda: _finish(order, job, out))
+        ranks.on_main(lambda: _finish(order, job, out))
     journal.remove()
-    return ranks.first(
+    return ranks.on_main(
         lambda: Result(
             str(out), time.monotonic() - began, peak_rss(), Checkpoint.open(out).nbytes, source.checkpoint.nbytes,
             tuple(job.layers), (*order.plan.notes, *job.warnings),
@@ -95,12 +95,12 @@ def _prepare(source: StreamedModel, out: Path, overwrite: bool, progress: Progre
 def _begun(order: Order, out: Path, ranks: Ranks) -> tuple[Sink, Record]:
     """What this rank writes to, and what remembers it: for all but the leader, nothing does."""
     mine: tuple[Sink, Record] | None = None
-    with ranks.together():
-        if ranks.leads:
+    with ranks.raising_together():
+        if ranks.is_main:
             identified = order.settings | identity(order.source, order.tokens)
             mine = begin(out, identified, order.settings["max_shard_size"])
-    done = ranks.first(lambda: mine[1].done if mine else Done())
-    return mine or (Nowhere(), Unrecorded(done))
+    done = ranks.on_main(lambda: mine[1].done if mine else Done())
+    return mine or (NullSink(), NullJournal(done))
 
 
 def _finish(order: Order, job: Job, out: Path) -> None:

@@ -13,7 +13,7 @@ from ..errors import SchemeError
 from ..formats.scheme import Scheme
 from ..runtime.device import CPU
 from ..streaming.streamed_model import StreamedModel, compute_dtype, transposed_linears
-from ..tracing.on_meta import consulted, sketch
+from ..tracing.on_meta import groups_on_meta, weights_used_as_floats
 
 # A scheme, or None to leave a linear in float.
 _Choice = Scheme | None
@@ -117,7 +117,7 @@ def merge_groups(source: StreamedModel) -> list[list[str]]:
     """Linears that engines merge into one: those of one module that read the same tensor."""
     twin = StreamedModel(source.checkpoint, torch.float32, source.trust_remote_code)
     members: dict[tuple[str, int, str], list[str]] = {}
-    for block, groups in sketch(twin.model, twin.blocks, twin.head).items():
+    for block, groups in groups_on_meta(twin.model, twin.blocks, twin.head).items():
         for i, group in enumerate(groups):
             for weight in dict.fromkeys(w for w in group.weights if w.index is None):
                 key = (block, i, weight.module.rpartition(".")[0])
@@ -144,7 +144,7 @@ def _float_holders(source: StreamedModel) -> frozenset[str]:
 def _asked_for(source: StreamedModel) -> frozenset[str]:
     """The linears whose weights the model does more with than call them."""
     twin = StreamedModel(source.checkpoint, compute_dtype(source.dtype, CPU), source.trust_remote_code)
-    return consulted(twin.model, twin.blocks)
+    return weights_used_as_floats(twin.model, twin.blocks)
 
 
 def _require_fit(name: str, shape: tuple[int, ...], scheme: Scheme) -> None:

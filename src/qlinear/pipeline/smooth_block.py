@@ -19,7 +19,7 @@ from ..calibration.stats import InputStats
 from ..tracing.folds import InputGroup
 from ..tracing.trace import Weight
 from .block_state import Findings, Recipe
-from .group_statistics import GroupStatistics, group_scale, turned
+from .group_statistics import GroupStatistics, flip_signs, group_scale
 from .quantize_groups import grouped
 
 
@@ -88,11 +88,11 @@ def _reach(
     """Signs for a group's vector, and how far its inputs reach (in,): their absmax, unless channels may be turned."""
     absmax = absmax_of(stats, group.weights)
     schemes = [recipe.schemes[name] for w in group.weights if (name := found.full_name(w)) in recipe.schemes]
-    is_lopsided = bool(schemes) and all(scheme.is_lopsided for scheme in schemes)
-    if not (is_lopsided and absmax and group.fold in found.reversible):
+    is_asymmetric = bool(schemes) and all(scheme.is_asymmetric for scheme in schemes)
+    if not (is_asymmetric and absmax and group.fold in found.reversible):
         return torch.ones(()), absmax
     ends = [{weight: getattr(stats[weight], end) for weight in absmax} for end in ("min", "max")]
-    return turned(group, matrices, *ends)
+    return flip_signs(group, matrices, *ends)
 
 
 def _searched(

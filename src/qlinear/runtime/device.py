@@ -119,7 +119,7 @@ class Lift:
                 yield
             self._stream.synchronize()
 
-    def take_up(
+    def upload(
         self, fill: Callable[[memoryview, int], None], nbytes: int, dtype: torch.dtype, out: Tensor
     ) -> None:
         """Have `nbytes` of elements of `dtype` come into `out`, contiguous on the device, converted to its dtype there.

@@ -43,12 +43,12 @@ class Ranks:
         return cls()
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether it is this rank that writes."""
         return self.rank == 0
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def raising_together(self) -> Iterator[None]:
         """Inside, each rank is on its own; a QLinearError that one of them raises, all raise when all are done."""
         if self.size == 1:
             yield
@@ -65,9 +65,9 @@ class Ranks:
                 each.known_to_all = True
                 raise each
 
-    def each(self, work: Callable[[], T]) -> list[T]:
+    def gather(self, work: Callable[[], T]) -> list[T]:
         """What `work` gives on every rank, in their order; what one of them raises, all raise."""
-        with self.together():
+        with self.raising_together():
             mine = work()
         if self.size == 1:
             return [mine]
@@ -75,24 +75,24 @@ class Ranks:
         dist.all_gather_object(told, moved(mine, CPU))
         return [moved(each, self.device) for each in told]
 
-    def first(self, work: Callable[[], T]) -> T:
+    def on_main(self, work: Callable[[], T]) -> T:
         """What `work` gives on the leader, which alone does it, on this rank's device; what it raises, all raise."""
         told: list[Any] = [None]
-        with self.together():
-            told[0] = work() if self.leads else None
+        with self.raising_together():
+            told[0] = work() if self.is_main else None
         if self.size > 1:
             told[0] = moved(told[0], CPU)
             dist.broadcast_object_list(told, src=0)
         here: T = moved(told[0], self.device)
         return here
 
-    def part(self, items: Sequence[T]) -> Sequence[T]:
+    def shard(self, items: Sequence[T]) -> Sequence[T]:
         """The items that fall to this rank: neighbours, so that all parts in turn are `items`; some to the leader, if
         there are any."""
         bounds = [-(-len(items) * rank // self.size) for rank in (self.rank, self.rank + 1)]
         return items[slice(*bounds)]
 
-    def shared(
+    def split(
         self, items: Sequence[T], work: Callable[[T], R], over: Callable[..., Iterator[R]] = map
     ) -> Iterator[R]:
         """`work` of each item, done by one rank and known to all, in the items' order; one by one on a rank alone.
@@ -102,11 +102,11 @@ class Ranks:
         if self.size == 1:
             yield from over(work, items)
             return
-        done = self.each(lambda: list(over(work, items[self.rank :: self.size])))
+        done = self.gather(lambda: list(over(work, items[self.rank :: self.size])))
         for i in range(len(items)):
             yield done[i % self.size][i // self.size]
 
-    def add_up(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor) -> Tensor:
         """`x`, which becomes the sum of what it is on every rank."""
         if self.size > 1:
             total = x.cpu()

@@ -17,7 +17,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-class Cores:
+class CoreThreads:
     """A thread for each of `count` cores; made by `apart`."""
 
     def __init__(self, pool: ThreadPoolExecutor, count: int) -> None:
@@ -40,7 +40,7 @@ class Cores:
 
 
 @contextmanager
-def apart(most: int | None = None) -> Iterator[Cores]:
+def one_thread_per_core(most: int | None = None) -> Iterator[CoreThreads]:
     """Inside, torch's operations keep to the thread that calls them, and there is such a thread for each core.
 
     most: threads, if fewer than the cores; each has as many cores then.
@@ -50,12 +50,12 @@ def apart(most: int | None = None) -> Iterator[Cores]:
     torch.set_num_threads(total // count)
     try:
         with ThreadPoolExecutor(count, "core") as pool:
-            yield Cores(pool, count)
+            yield CoreThreads(pool, count)
     finally:
         torch.set_num_threads(total)
 
 
-class Here:
+class CurrentThread:
     """In place of `Cores`: the thread that calls, and all that torch gives it."""
 
     count = 1
@@ -66,10 +66,12 @@ class Here:
 
 
 @contextmanager
-def each_core(device: torch.device, most: int | None = None) -> Iterator[Cores | Here]:
+def on_each_core_or_here(
+    device: torch.device, most: int | None = None
+) -> Iterator[CoreThreads | CurrentThread]:
     """`apart` for work on the CPU, `Here` on an accelerator, and where one thread is the most."""
     if device.type != "cpu" or (most is not None and most <= 1):
-        yield Here()
+        yield CurrentThread()
         return
-    with apart(most) as cores:
+    with one_thread_per_core(most) as cores:
         yield cores

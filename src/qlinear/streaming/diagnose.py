@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import QLinearError, StructureError
-from .random_weights import each_kind_once, few_ids, random_weights, repeated
+from .random_weights import each_kind_once, one_column_weights, random_weights, short_dummy_ids
 
 # What other people's code raises where it can't go on.
 _FOREIGN = (
@@ -20,7 +20,7 @@ _FOREIGN = (
 
 
 @contextmanager
-def blamed(given: Callable[[], tuple[nn.Module, Mapping[str, nn.Module]]]) -> Iterator[None]:
+def diagnosing(given: Callable[[], tuple[nn.Module, Mapping[str, nn.Module]]]) -> Iterator[None]:
     """Inside, what fails because the model's own forward does is a StructureError that says so.
 
     given: the model, with its parameters on meta, and its blocks by name; called after a failure.
@@ -41,8 +41,12 @@ def require_runs(model: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
     """
     running: list[str] = []
     try:
-        with torch.no_grad(), random_weights(model.modules(), repeated), each_kind_once(blocks) as running:
-            model(few_ids(model), use_cache=False)
+        with (
+            torch.no_grad(),
+            random_weights(model.modules(), one_column_weights),
+            each_kind_once(blocks) as running,
+        ):
+            model(short_dummy_ids(model), use_cache=False)
     except _FOREIGN as error:
         where = f"in {running[-1]}" if running else "outside of its blocks"
         reason = " ".join(str(error).split())[:300]

@@ -37,7 +37,7 @@ class Recipe:
     converter: "WeightConverter | None" = None
 
 
-def find_recipes(
+def find_conversions(
     model: "PreTrainedModel", checkpoint: Checkpoint, state: Mapping[str, Tensor]
 ) -> tuple[list[Recipe], list[str]]:
     """Recipes for all that the checkpoint holds for the model, and the tensors that the model does not use."""

@@ -64,7 +64,7 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def skeleton(
+def build_meta_model(
     config: "PreTrainedConfig | str | Path",
     dtype: torch.dtype | None = None,
     *,

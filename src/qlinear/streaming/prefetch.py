@@ -4,13 +4,13 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from torch import Tensor
 
-from .weight_map import NameMap
+from .weight_map import WeightMap
 
 
-class Ahead:
+class Prefetch:
     """Loads one part of a model ahead, in a thread of its own; `take` gives what it loaded."""
 
-    def __init__(self, names: NameMap) -> None:
+    def __init__(self, names: WeightMap) -> None:
         self._names = names
         self._thread = ThreadPoolExecutor(1, "weights")
         self._pending: tuple[str, Future[dict[str, Tensor]]] | None = None
@@ -28,14 +28,14 @@ class Ahead:
         loaded, self._pending = self._pending[1], None
         return loaded.result()
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Wait until nothing is loaded any more: only then may memory be given up for the next part."""
         if self._pending is not None:
             wait([self._pending[1]])
 
     def drop(self) -> None:
         """Give up what was loaded, or could not be."""
-        self.settle()
+        self.flush()
         if self._pending is not None and self._pending[1].exception() is None:
             self._names.give_up(self._pending[1].result().values())
         self._pending = None

@@ -24,14 +24,14 @@ def longest(model: nn.Module) -> int:
     return min(TOKENS // 2, most_positions(_config(model)) or TOKENS)
 
 
-def imagined_ids(model: nn.Module, rows: int, length: int) -> Tensor:
+def dummy_ids(model: nn.Module, rows: int, length: int) -> Tensor:
     """Token ids (rows, length) of the model's vocabulary, all different if there are so many."""
     return (torch.arange(rows * length) % int(_config(model).vocab_size)).view(rows, length)
 
 
-def few_ids(model: nn.Module) -> Tensor:
+def short_dummy_ids(model: nn.Module) -> Tensor:
     """Ids of two short sequences."""
-    return imagined_ids(model, 2, min(_FEW, longest(model)))
+    return dummy_ids(model, 2, min(_FEW, longest(model)))
 
 
 def _config(model: nn.Module) -> "PreTrainedConfig":
@@ -88,13 +88,13 @@ def _random(module: nn.Module, parameter: Tensor) -> Tensor:
     return matrix
 
 
-def repeated(module: nn.Module, parameter: Tensor) -> Tensor:
+def one_column_weights(module: nn.Module, parameter: Tensor) -> Tensor:
     """Tables of embeddings too are one column, and everything has the dtype that it will have."""
     generator = torch.Generator().manual_seed(parameter.numel())
     last = parameter.shape[-1] if parameter.dim() > 1 else 1
     column = torch.randn((*parameter.shape[: parameter.dim() - 1], 1), generator=generator) / last**0.5
-    repeated: Tensor = column.to(parameter.dtype).expand(parameter.shape)
-    return repeated
+    one_column_weights: Tensor = column.to(parameter.dtype).expand(parameter.shape)
+    return one_column_weights
 
 
 @contextmanager

@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.dequantized_view import DenseView
+from ..checkpoint.dequantized_view import DequantizedView
 from ..checkpoint.reader import Checkpoint
 from ..errors import CheckpointError
 from ..formats.scheme import Scheme
 from ..nn import QLinear, SmoothedLinear
 from ..ops.weight_only import multiplies_in
 from ..runtime.device import CPU, computes_in, within_memory
-from .diagnose import blamed
+from .diagnose import diagnosing
 from .find_blocks import find_blocks
 from .lanes import Lanes
-from .meta_model import skeleton
-from .prefetch import Ahead
+from .meta_model import build_meta_model
+from .prefetch import Prefetch
 from .spill import Spill
-from .weight_map import NameMap
+from .weight_map import WeightMap
 
 
 class StreamedModel:
@@ -44,14 +44,14 @@ class StreamedModel:
     ) -> None:
         self.checkpoint, self.trust_remote_code, self.device = checkpoint, trust_remote_code, device
         self.name = name or checkpoint.path.name
-        self.model = skeleton(checkpoint.path, dtype, trust_remote_code=trust_remote_code)
+        self.model = build_meta_model(checkpoint.path, dtype, trust_remote_code=trust_remote_code)
         self.dtype = dtype or compute_dtype(self.model.dtype, device)
         if self.dtype != self.model.dtype:
-            self.model = skeleton(checkpoint.path, self.dtype, trust_remote_code=trust_remote_code)
-        self._view = DenseView.of(checkpoint)
+            self.model = build_meta_model(checkpoint.path, self.dtype, trust_remote_code=trust_remote_code)
+        self._view = DequantizedView.of(checkpoint)
         _replace_transposed(self.model, self._view.schemes)
-        self.names = NameMap(self.model, self._view, device)
-        self._ahead = None if device == CPU else Ahead(self.names)
+        self.names = WeightMap(self.model, self._view, device)
+        self._prefetch = None if device == CPU else Prefetch(self.names)
         self._hold_vectors()
         _move_buffers(self.model, device)
         self.blocks = find_blocks(self.model)
@@ -96,7 +96,7 @@ class StreamedModel:
         """
         stops = [*self.blocks.values(), self.head]
         with (
-            blamed(self._twin),
+            diagnosing(self._twin),
             within_memory(self.device),
             self._outside_loaded(),
             Lanes(self.model, stops, [_on(self.device, batch) for batch in batches], spill) as lanes,
@@ -113,8 +113,8 @@ class StreamedModel:
         try:
             yield
         finally:
-            if self._ahead is not None:
-                self._ahead.drop()
+            if self._prefetch is not None:
+                self._prefetch.drop()
             for part in outside:
                 self.names.release(part)
 
@@ -157,27 +157,27 @@ class StreamedModel:
             try:
                 yield self.model.get_submodule(name)
             finally:
-                if self._ahead is not None:
-                    self._ahead.settle()
+                if self._prefetch is not None:
+                    self._prefetch.flush()
                 self.names.release(name)
                 for linear in self._quantized_in(name):
                     self.model.set_submodule(linear, _placeholder(self.model.get_submodule(linear)))
 
     @contextmanager
-    def read_ahead(self) -> Iterator[None]:
+    def prefetching(self) -> Iterator[None]:
         """While open, the next block is read into memory, and not only into the system's, while one is worked on."""
-        before, self._ahead = self._ahead, self._ahead or Ahead(self.names)
+        before, self._prefetch = self._prefetch, self._prefetch or Prefetch(self.names)
         try:
             yield
         finally:
-            self._ahead.drop()
-            self._ahead = before
+            self._prefetch.drop()
+            self._prefetch = before
 
     def expect(self, block: nn.Module) -> None:
         """Have the block after this one read ahead: up to an accelerator, or by the system, into its page cache."""
         for following in list(self.blocks)[self.position(block) + 1 :][:1]:
-            if self._ahead is not None and not self._quantized_in(following):
-                self._ahead.begin(following)
+            if self._prefetch is not None and not self._quantized_in(following):
+                self._prefetch.begin(following)
                 continue
             sources = (self.names.sources(name) for name in self.names.names_in(following))
             self._view.expect(dict.fromkeys(chain.from_iterable(sources)))
@@ -190,7 +190,7 @@ class StreamedModel:
     def _materialize(self, part: str) -> None:
         quantized = self._quantized_in(part)
         if not quantized:
-            ahead = {} if self._ahead is None else self._ahead.take(part)
+            ahead = {} if self._prefetch is None else self._prefetch.take(part)
             self.names.assign(part, ahead | self.names.load(part, ahead))
             return
         covered = tuple(f"{name}." for name in quantized)

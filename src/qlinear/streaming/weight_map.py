@@ -15,13 +15,13 @@ from ..checkpoint.reader import Checkpoint
 from ..errors import CheckpointError
 from ..runtime.device import CPU, Lift
 from .buffer_pool import BufferPool
-from .hf_conversion import Recipe, convert, find_recipes, is_stack, parts, reverse
+from .hf_conversion import Recipe, convert, find_conversions, is_stack, parts, reverse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class NameMap:
+class WeightMap:
     """Which tensors of a checkpoint make which parameters and persistent buffers of a model.
 
     model: a `skeleton`. device: where parameters go. `unused` are the tensors that the model does not use, of a
@@ -34,7 +34,7 @@ class NameMap:
         self.model, self.checkpoint, self.device = model, checkpoint, device
         self._lift = None if device == CPU else Lift(device)
         self._state: dict[str, Tensor] = model.state_dict(keep_vars=True)
-        recipes, self.unused = find_recipes(model, checkpoint, self._state)
+        recipes, self.unused = find_conversions(model, checkpoint, self._state)
         self._recipes = {target: recipe for recipe in recipes for target in recipe.targets}
         self._key = self._find_ties()
         self._places: dict[str, list[str]] = {}
@@ -171,7 +171,7 @@ class NameMap:
         if self._lift is None:
             self.checkpoint.read_as(source, out)
         else:
-            self.checkpoint.read_up(source, out, self._lift)
+            self.checkpoint.read_to_device(source, out, self._lift)
 
     def _find_ties(self) -> dict[str, str]:
         """For every name of a parameter or buffer, the name among those tied to it that the file has."""
@@ -181,8 +181,8 @@ class NameMap:
         key: dict[str, str] = {}
         for names in groups.values():
             held = [name for name in names if name in self._recipes]
-            apart = [name for name in held[1:] if not self._are_equal(held[0], name)]
-            key |= {name: name if name in apart else (held or names)[0] for name in names}
+            one_thread_per_core = [name for name in held[1:] if not self._are_equal(held[0], name)]
+            key |= {name: name if name in one_thread_per_core else (held or names)[0] for name in names}
         return key
 
     def _are_equal(self, a: str, b: str) -> bool:

@@ -137,8 +137,8 @@ class Finder:
     def _fold(self, producer: Producer) -> Fold | None:
         channels = self._channels(producer, self.trace, 1.0)
         if any(bool((known < 0).any()) for _, known in channels.values()):
-            turned = self._run(producer, -torch.ones(producer.size))
-            more = self._channels(producer, turned, -1.0)
+            flip_signs = self._run(producer, -torch.ones(producer.size))
+            more = self._channels(producer, flip_signs, -1.0)
             channels = {
                 w: (degree, torch.maximum(c, more.get(w, (degree, c))[1]))
                 for w, (degree, c) in channels.items()

@@ -11,27 +11,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..streaming.diagnose import blamed
+from ..streaming.diagnose import diagnosing
 from ..streaming.lanes import Lanes, batches_of
 from ..streaming.random_weights import (
     TOKENS,
+    dummy_ids,
     each_kind_once,
-    few_ids,
-    imagined_ids,
     kind_of,
     longest,
+    one_column_weights,
     random_weights,
-    repeated,
+    short_dummy_ids,
 )
 from .folds import InputGroup, find_groups
-from .proof import examine
+from .proof import find_and_prove_folds
 
 _DTYPE = Tensor.dtype.__get__  # type: ignore[attr-defined]
 # What a model may do to its weights as it runs; a repeated column cannot be written to.
 _RESCALING = {Tensor.div_, Tensor.mul_}
 
 
-def sketch(model: nn.Module, blocks: Mapping[str, nn.Module], head: nn.Module) -> dict[str, list[InputGroup]]:
+def groups_on_meta(
+    model: nn.Module, blocks: Mapping[str, nn.Module], head: nn.Module
+) -> dict[str, list[InputGroup]]:
     """The input groups of every block that a text passes through, by the block's name.
 
     model: with its parameters on meta, in float32. Blocks whose parameters have the same names and shapes are of one
@@ -42,9 +44,9 @@ def sketch(model: nn.Module, blocks: Mapping[str, nn.Module], head: nn.Module) -
     found: dict[str, list[InputGroup]] = {}
     stops = [*blocks.values(), head]
     shapes = (TOKENS, 1), (2, longest(model))
-    batches = [batch for shape in shapes for batch in batches_of(imagined_ids(model, *shape), shape[0])]
+    batches = [batch for shape in shapes for batch in batches_of(dummy_ids(model, *shape), shape[0])]
     with (
-        blamed(lambda: (model, blocks)),
+        diagnosing(lambda: (model, blocks)),
         torch.no_grad(),
         _OneColumn(),
         random_weights(_outside(model, stops)),
@@ -61,7 +63,7 @@ def sketch(model: nn.Module, blocks: Mapping[str, nn.Module], head: nn.Module) -
     return found
 
 
-def consulted(model: nn.Module, blocks: Mapping[str, nn.Module]) -> frozenset[str]:
+def weights_used_as_floats(model: nn.Module, blocks: Mapping[str, nn.Module]) -> frozenset[str]:
     """The linears whose weight a model needs as floats, by name.
 
     Either it asks for the weight's dtype, to cast an input to it, and codes would tell it int8; or it rescales the
@@ -71,14 +73,14 @@ def consulted(model: nn.Module, blocks: Mapping[str, nn.Module]) -> frozenset[st
     kinds = {name: kind_of(block) for name, block in blocks.items()}
     first = {kind: name for name, kind in reversed(kinds.items())}
     with (
-        blamed(lambda: (model, blocks)),
+        diagnosing(lambda: (model, blocks)),
         torch.no_grad(),
         _OneColumn(),
-        random_weights(model.modules(), repeated),
+        random_weights(model.modules(), one_column_weights),
         _Consulted(model) as seen,
         each_kind_once(blocks),
     ):
-        model(few_ids(model), use_cache=False)
+        model(short_dummy_ids(model), use_cache=False)
     alike = [(name, first[kind]) for name, kind in kinds.items()]
     return frozenset(seen.names).union(
         name + asked.removeprefix(shown)
@@ -123,7 +125,7 @@ def _examined(block: nn.Module, lanes: Lanes) -> tuple[list[InputGroup], list[An
     """The groups of a block, and what it answers each lane."""
     probe, proof = (lane.waiting for lane in lanes)
     with random_weights(block.modules()):
-        trace, folds = examine(block, probe, proof)
+        trace, folds = find_and_prove_folds(block, probe, proof)
         return find_groups(trace, folds), [probe.run(), proof.run()]
 
 

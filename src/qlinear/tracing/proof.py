@@ -29,11 +29,11 @@ _MAGNITUDES = (1.0, 16.0, 256.0)
 _PLACE = re.compile(r"[.]\d+[.](?!.*[.]\d+[.])")
 
 
-def examine(
+def find_and_prove_folds(
     block: nn.Module,
     probe: Call,
     proof: Call,
-    likely: Sequence[Fold] = (),
+    previous_folds: Sequence[Fold] = (),
     shared: Collection[str] = (),
 ) -> tuple[Trace, list[Fold]]:
     """A run of the block on real sequences, and the folds that are proved on them.
@@ -45,7 +45,7 @@ def examine(
     """
     with _in_float32(block):
         trace = observe(block, proof.forward, proof.args, proof.kwargs)
-        fitting = [f for f in likely if _stands_in(f, block, trace) and f.touched.isdisjoint(shared)]
+        fitting = [f for f in previous_folds if _stands_in(f, block, trace) and f.touched.isdisjoint(shared)]
         folds = proved(block, proof, fitting, trace)
         # Real sequences show most of it. What they leave open, such as which rows of a fused projection are the
         # value's, one-token sequences may tell.

@@ -199,7 +199,7 @@ class _Inputs(Watch):
 
 
 @contextmanager
-def watching(block: nn.Module, on_input: Callable[[Weight, Tensor], None]) -> Iterator[None]:
+def watching_inputs(block: nn.Module, on_input: Callable[[Weight, Tensor], None]) -> Iterator[None]:
     """While open, `on_input(weight, x)` is called before every product of the block; x is (tokens, in)."""
     with _Inputs(block, on_input):
         yield

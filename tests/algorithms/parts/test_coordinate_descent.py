@@ -25,21 +25,21 @@ def correlated(width: int, tokens: int, seed: int) -> tuple[Tensor, Tensor]:
 def descend(
     weight: Tensor,
     start: QuantizedTensor,
-    moment: Tensor,
+    hessian: Tensor,
     sweeps: int = 2,
     dtype: torch.dtype = torch.float32,
 ) -> QuantizedTensor:
     """Codes and scales after some sweeps."""
     grid = ColumnGrid.of((start.scale, start.zero_point), start.format, weight.shape)
     targets, steps = weight.T.contiguous(), grid.round_all_(start.dequantize().T.contiguous())
-    descent = Descent(targets, steps, moment @ (targets - grid.values(steps)), grid, moment, dtype)
+    descent = Descent(targets, steps, hessian @ (targets - grid.values(steps)), grid, hessian, dtype)
     descent.run(sweeps)
     return grid.quantized(descent.steps)
 
 
-def loss(weight: Tensor, found: QuantizedTensor, moment: Tensor) -> float:
+def loss(weight: Tensor, found: QuantizedTensor, hessian: Tensor) -> float:
     error = (weight - found.dequantize()).double()
-    return float((error @ moment.double() * error).sum())
+    return float((error @ hessian.double() * error).sum())
 
 
 @given(
@@ -47,30 +47,30 @@ def loss(weight: Tensor, found: QuantizedTensor, moment: Tensor) -> float:
 )
 @settings(max_examples=40, deadline=None)
 def test_the_loss_never_rises(scheme: str, groups: int, tokens: int, seed: int, half: bool) -> None:
-    weight, moment = correlated(128 * groups, tokens, seed)
+    weight, hessian = correlated(128 * groups, tokens, seed)
     dtype = torch.bfloat16 if half else torch.float32
     start = quantize_tensor(weight, get_scheme(scheme).weight, "w", dtype)
-    before = loss(weight, start, moment)
-    once = descend(weight, start, moment, 1, dtype)
-    twice = descend(weight, start, moment, 2, dtype)
-    assert loss(weight, once, moment) <= before * (1 + 1e-5) + 1e-6
-    assert loss(weight, twice, moment) <= loss(weight, once, moment) * (1 + 1e-5) + 1e-6
+    before = loss(weight, start, hessian)
+    once = descend(weight, start, hessian, 1, dtype)
+    twice = descend(weight, start, hessian, 2, dtype)
+    assert loss(weight, once, hessian) <= before * (1 + 1e-5) + 1e-6
+    assert loss(weight, twice, hessian) <= loss(weight, once, hessian) * (1 + 1e-5) + 1e-6
     assert torch.equal(twice.scale, twice.scale.to(dtype).float())
     assert twice.codes.dtype == start.codes.dtype
 
 
 @pytest.mark.parametrize("scheme", ["w4a16-g32", "w4a16-asym", "w4a16-channel"])
 def test_correlated_inputs_are_worth_a_tenth_of_the_loss(scheme: str) -> None:
-    weight, moment = correlated(256, 2000, 0)
+    weight, hessian = correlated(256, 2000, 0)
     start = quantize_tensor(weight, get_scheme(scheme).weight, "w")
-    assert loss(weight, descend(weight, start, moment), moment) < 0.9 * loss(weight, start, moment)
+    assert loss(weight, descend(weight, start, hessian), hessian) < 0.9 * loss(weight, start, hessian)
 
 
 def test_where_it_stops_no_code_could_be_better() -> None:
-    weight, moment = correlated(16, 500, 1)
+    weight, hessian = correlated(16, 500, 1)
     scheme = Scheme("small", TensorFormat("int4", "channel"))
-    found = descend(weight[:4], quantize_tensor(weight[:4], scheme.weight, "w"), moment, sweeps=50)
-    least = loss(weight[:4], found, moment)
+    found = descend(weight[:4], quantize_tensor(weight[:4], scheme.weight, "w"), hessian, sweeps=50)
+    least = loss(weight[:4], found, hessian)
     for row in range(4):
         for column in range(16):
             for step in (-1, 1):
@@ -78,11 +78,11 @@ def test_where_it_stops_no_code_could_be_better() -> None:
                 codes[row, column] += step
                 if -8 <= codes[row, column] <= 7:
                     other = QuantizedTensor(codes, found.scale, found.zero_point, found.format)
-                    assert loss(weight[:4], other, moment) >= least - 1e-6
+                    assert loss(weight[:4], other, hessian) >= least - 1e-6
 
 
 def test_a_channel_that_was_always_zero_keeps_its_codes() -> None:
-    weight, moment = correlated(128, 500, 2)
-    moment[5] = moment[:, 5] = 0
+    weight, hessian = correlated(128, 500, 2)
+    hessian[5] = hessian[:, 5] = 0
     start = quantize_tensor(weight, get_scheme("w4a16-channel").weight, "w")
-    assert torch.equal(descend(weight, start, moment).codes[:, 5], start.codes[:, 5])
+    assert torch.equal(descend(weight, start, hessian).codes[:, 5], start.codes[:, 5])

@@ -11,7 +11,7 @@ from torch import Tensor
 from qlinear.algorithms.base import Group, RoundedInput
 from qlinear.algorithms.gptq import gptq
 from qlinear.algorithms.parts.cholesky import Factor, factorize
-from qlinear.algorithms.parts.input_error import fitted
+from qlinear.algorithms.parts.input_error import fit_to_rounded_input
 from qlinear.formats.rounding import quantize_tensor
 from qlinear.formats.scheme import Scheme, TensorFormat
 
@@ -40,11 +40,11 @@ def rounded_input(x: Tensor, rounded: Tensor) -> tuple[RoundedInput, RoundedInpu
 def fit(weight: Tensor, x: Tensor, rounded: Tensor, damping: float = 0.01) -> Tensor:
     halves = rounded_input(x, rounded)
     both = halves[0] + halves[1]
-    return fitted({"w": weight}, halves, both, factor_of(both.moment, damping))["w"]
+    return fit_to_rounded_input({"w": weight}, halves, both, factor_of(both.hessian, damping))["w"]
 
 
-def factor_of(moment: Tensor, damping: float = 0.01) -> Factor:
-    factor = factorize(moment, damping)
+def factor_of(hessian: Tensor, damping: float = 0.01) -> Factor:
+    factor = factorize(hessian, damping)
     assert factor is not None
     return factor
 
@@ -61,11 +61,11 @@ def loss(weight: Tensor, other: Tensor, x: Tensor, rounded: Tensor) -> float:
 def test_a_factor_solves_as_the_matrix_that_it_is_of(columns: int, seed: int, zeros: int) -> None:
     x = inputs(seed, columns, rank=3)
     x[:, :zeros] = 0
-    moment = (x.T @ x / len(x)).double()
-    factor, power = factor_of(moment.float()), moment.diagonal()
+    hessian = (x.T @ x / len(x)).double()
+    factor, power = factor_of(hessian.float()), hessian.diagonal()
     ridge = factor.damping * torch.where(power > 0, power, 1.0)
     rows = torch.randn(5, columns, generator=torch.Generator().manual_seed(seed))
-    expected = rows.double() @ torch.linalg.inv(moment + ridge.diag())
+    expected = rows.double() @ torch.linalg.inv(hessian + ridge.diag())
     size = torch.where(power > 0, power, 1.0).sqrt()
     error = (factor.solve(rows).double() - expected) * size
     assert float(error.norm() / (expected * size).norm()) < 1e-3
@@ -77,7 +77,7 @@ def test_both_halves_make_the_whole() -> None:
     first, second = rounded_input(x, rounded)
     both = first + second
     assert both.tokens == 31
-    torch.testing.assert_close(both.moment, rounded.T @ rounded / 31)
+    torch.testing.assert_close(both.hessian, rounded.T @ rounded / 31)
     torch.testing.assert_close(both.drift, (x - rounded).T @ rounded / 31)
 
 
@@ -110,7 +110,7 @@ def test_a_fit_to_few_tokens_is_held_back_where_the_whole_would_cost() -> None:
     seen, others = slice(0, 60), slice(60, None)
     first, second = rounded_input(x[seen], rounded[seen])
     both = first + second
-    whole = weight + factor_of(both.moment).solve(weight @ both.drift)
+    whole = weight + factor_of(both.hessian).solve(weight @ both.drift)
     losses = [
         loss(weight, each, x[others], rounded[others])
         for each in (weight, fit(weight, x[seen], rounded[seen]), whole)
@@ -126,14 +126,14 @@ def test_where_nothing_was_lost_or_the_halves_disagree_the_weight_stays_itself()
     first, second = rounded_input(x, rounded)
     contrary = (first, replace(first, drift=-first.drift))
     both = first + second
-    assert fitted({"w": weight}, contrary, both, factor_of(both.moment))["w"] is weight
+    assert fit_to_rounded_input({"w": weight}, contrary, both, factor_of(both.hessian))["w"] is weight
 
 
 def test_halves_that_cannot_be_factorized_leave_the_weights_alone() -> None:
     beyond = torch.eye(16) - 3 * (1 - torch.eye(16))
     halves = (RoundedInput(beyond, torch.eye(16), 8), RoundedInput(torch.eye(16), torch.eye(16), 8))
     weights = {"w": weight_of(1, 8, 16)}
-    assert fitted(weights, halves, halves[1], factor_of(torch.eye(16)))["w"] is weights["w"]
+    assert fit_to_rounded_input(weights, halves, halves[1], factor_of(torch.eye(16)))["w"] is weights["w"]
 
 
 @every_scheme

@@ -169,14 +169,14 @@ def test_points_are_the_vectors_that_smoothing_defines() -> None:
 @every_scheme
 def test_smoothing_a_group_leaves_its_output_unchanged(scheme: Scheme) -> None:
     group = group_of(scheme)
-    group = replace(group, moment=group.sample.T @ group.sample)
+    group = replace(group, hessian=group.sample.T @ group.sample)
     smoothed = group.smoothed(scale_at(group, DEFAULT))
     for name, weight in group.weights.items():
         torch.testing.assert_close(
             smoothed.sample @ smoothed.weights[name].T, group.sample @ weight.T, rtol=1e-4, atol=1e-3
         )
-    assert smoothed.moment is not None
-    torch.testing.assert_close(smoothed.moment, smoothed.sample.T @ smoothed.sample, rtol=1e-4, atol=1e-3)
+    assert smoothed.hessian is not None
+    torch.testing.assert_close(smoothed.hessian, smoothed.sample.T @ smoothed.sample, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(smoothed.absmax, group.absmax / scale_at(group, DEFAULT))
 
 
@@ -185,10 +185,10 @@ def test_a_group_that_is_turned_knows_its_extremes() -> None:
     group = group_of(get_scheme("w8a8-static-asym"))
     x = group.sample
     group = replace(group, low=x.amin(0), high=x.amax(0), absmean=x.abs().mean(0))
-    turned = group.divided(torch.randn(64))
-    torch.testing.assert_close(turned.low, turned.sample.amin(0))
-    torch.testing.assert_close(turned.high, turned.sample.amax(0))
-    torch.testing.assert_close(turned.absmean, turned.sample.abs().mean(0))
+    flip_signs = group.divided(torch.randn(64))
+    torch.testing.assert_close(flip_signs.low, flip_signs.sample.amin(0))
+    torch.testing.assert_close(flip_signs.high, flip_signs.sample.amax(0))
+    torch.testing.assert_close(flip_signs.absmean, flip_signs.sample.abs().mean(0))
 
 
 def test_static_activations_are_rounded_with_the_range_of_all_tokens() -> None:

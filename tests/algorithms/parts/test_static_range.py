@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qlinear.algorithms import Group, narrowed
+from qlinear.algorithms import Group, choose_static_range
 from qlinear.algorithms.parts.static_range import SHARES
 from qlinear.formats.scheme import get_scheme
 
@@ -50,7 +50,7 @@ def test_the_least_change_that_no_share_beats_by_more_than_chance(
     scheme: str, count: int, tail: float, seed: int
 ) -> None:
     group = group_of(tokens(count, seed, tail), tokens(count, seed + 1, tail), scheme)
-    found = narrowed(group)
+    found = choose_static_range(group)
     share = min(SHARES, key=lambda share: abs(float(found.high.max() / group.high.max()) - share))
     torch.testing.assert_close(found.low, group.low * share)
     best = min(SHARES, key=lambda share: float(lost(group, share).sum()))
@@ -62,12 +62,12 @@ def test_the_least_change_that_no_share_beats_by_more_than_chance(
 @pytest.mark.parametrize("scheme", ["w8a8-static", "w8a8-static-asym"])
 def test_rare_values_are_cut_off_and_what_few_tokens_showed_is_widened(scheme: str) -> None:
     rare = torch.cat([tokens(4000, 0), torch.full((1, 16), 60.0), torch.full((1, 16), -60.0)])
-    assert float(narrowed(group_of(rare, tokens(256, 1), scheme)).high.max()) < 30
+    assert float(choose_static_range(group_of(rare, tokens(256, 1), scheme)).high.max()) < 30
     few = group_of(tokens(2, 0), tokens(256, 1), scheme)
-    assert float(narrowed(few).high.max()) > float(few.high.max())
+    assert float(choose_static_range(few).high.max()) > float(few.high.max())
 
 
 def test_without_other_tokens_the_whole_range_is_what_is_tried() -> None:
     group = replace(group_of(tokens(9, 0), tokens(9, 1), "w8a8-static"), others=None)
     assert group.without_sample() is group
-    assert narrowed(group).high.max() <= group.high.max(), "nothing of the sample is beyond it"
+    assert choose_static_range(group).high.max() <= group.high.max(), "nothing of the sample is beyond it"

@@ -49,20 +49,20 @@ class Factor:
         return solved
 
 
-def factorize(moment: Tensor, damping: float = DAMPING, name: str = "input") -> Factor | None:
+def factorize(hessian: Tensor, damping: float = DAMPING, name: str = "input") -> Factor | None:
     """Factorize second moments (in, in) float32; None if even a damping of 1 doesn't make them positive definite.
 
     damping: to begin with; ten times as much after each failure. It is relative to each channel's own second moment,
     so that an outlier channel does not drown the others. A channel that was always 0 is left alone: it has no part
     in any other. Raises NumericsError, with `name`, on NaN or infinity.
     """
-    require_finite(moment, f"the second moment of {name}")
-    power = moment.diagonal()
+    require_finite(hessian, f"the second moment of {name}")
+    power = hessian.diagonal()
     order = power.argsort(descending=True, stable=True)
     size = power.sqrt().masked_fill(power <= 0, 1.0)[order]
     # Factorized as correlations, so that float32 is enough however far apart the channels' sizes are. Cholesky's
     # triangle is the lower one; reversing rows and columns before and after makes it the upper.
-    correlation = moment[order.flip(0)][:, order.flip(0)]
+    correlation = hessian[order.flip(0)][:, order.flip(0)]
     correlation.div_(size.flip(0)).div_(size.flip(0).unsqueeze(1))
     while damping <= 1:
         correlation.diagonal().copy_((power > 0)[order.flip(0)]).add_(damping)

@@ -34,15 +34,15 @@ class Descent:
         steps: Tensor,
         gradient: Tensor,
         grid: ColumnGrid,
-        moment: Tensor,
+        hessian: Tensor,
         scale_dtype: torch.dtype,
     ) -> None:
         self.steps, self._targets, self._gradient = steps, targets, gradient
-        self._grid, self._moment, self._scale_dtype = grid, moment, scale_dtype
+        self._grid, self._hessian, self._scale_dtype = grid, hessian, scale_dtype
         self._has_groups = grid.format.granularity == "group"
         self._block = grid.width if grid.format.granularity in ("group", "block") else _BLOCK
         self._change = torch.empty_like(steps)
-        curvature = moment.diagonal()
+        curvature = hessian.diagonal()
         self._per_curvature = (
             torch.where(curvature > 0, 1 / curvature, 0.0).nan_to_num_(0.0, 0.0).unsqueeze(1)
         )
@@ -55,7 +55,7 @@ class Descent:
         self._grid.put_rows(rows, grid)
         self.steps.copy_(torch.where(rows, steps, self.steps))
         error = (self._targets - self._grid.values(self.steps))[:, rows]
-        self._gradient[:, rows] = self._moment @ error
+        self._gradient[:, rows] = self._hessian @ error
 
     def run(self, sweeps: int) -> None:
         """Visit every column that many times."""
@@ -63,12 +63,12 @@ class Descent:
             by_halves(0, len(self.steps), self._block, self._visit_block, self._carry, back=left > 0)
 
     def _carry(self, moved: slice, to: slice) -> None:
-        self._gradient[to].addmm_(self._moment[to, moved], self._change[moved], alpha=-1)
+        self._gradient[to].addmm_(self._hessian[to, moved], self._change[moved], alpha=-1)
 
     def _visit_block(self, start: int, stop: int) -> None:
         part, count = slice(start, stop), stop - start
         steps, change, best = self.steps[part], self._change[part], self._best[:count]
-        scale, within = self._grid.scales[start // self._grid.width], self._moment[part, part]
+        scale, within = self._grid.scales[start // self._grid.width], self._hessian[part, part]
         torch.mul(steps, scale, out=change).neg_()
         gradient = self._rescaled(part, scale, within) if self._has_groups else self._gradient[part]
         torch.div(gradient, scale, out=best).mul_(self._per_curvature[part]).add_(steps)
@@ -108,12 +108,12 @@ class Descent:
         by_halves(0, count, FEW, visit, carry)
 
 
-def row_losses(error: Tensor, moment: Tensor) -> Tensor:
+def row_losses(error: Tensor, hessian: Tensor) -> Tensor:
     """e H eᵀ for each row e of a weight's error, given as columns (in, out): (out,). What is symmetric in H is computed
     once."""
     total = torch.zeros_like(error[0])
     for start in range(0, len(error), PANEL):
         part = slice(start, min(start + PANEL, len(error)))
-        into = torch.mm(moment[part, :start], error[:start]).mul_(2)
-        total += into.addmm_(moment[part, part], error[part]).mul_(error[part]).sum(0)
+        into = torch.mm(hessian[part, :start], error[:start]).mul_(2)
+        total += into.addmm_(hessian[part, part], error[part]).mul_(error[part]).sum(0)
     return total

@@ -23,7 +23,7 @@ from .cholesky import Factor, factorize
 _ROWS = 512
 
 
-def fitted(
+def fit_to_rounded_input(
     weights: Mapping[str, Tensor], halves: tuple[RoundedInput, RoundedInput], x: RoundedInput, factor: Factor
 ) -> dict[str, Tensor]:
     """V (out, in) of every weight W (out, in), float32; W itself where one half tells nothing of the other.
@@ -42,7 +42,7 @@ def _shares(
 ) -> dict[str, float]:
     """How much is taken of what fits each weight."""
     first, second = halves
-    factor = factorize(first.moment, damping)
+    factor = factorize(first.hessian, damping)
     if factor is None:
         return dict.fromkeys(weights, 0.0)
     some = {name: weight[:: -(-len(weight) // _ROWS)] for name, weight in weights.items()}
@@ -52,5 +52,5 @@ def _shares(
 def _share(weight: Tensor, change: Tensor, x: RoundedInput) -> float:
     """How much of a change (out, in) of a weight is best for x: the least of a parabola, between 0 and 1."""
     slope = float((weight @ x.drift).mul_(change).sum())
-    curvature = float((change @ x.moment).mul_(change).sum())
+    curvature = float((change @ x.hessian).mul_(change).sum())
     return 0.0 if slope <= 0 or curvature <= 0 else min(1.0, slope / curvature)

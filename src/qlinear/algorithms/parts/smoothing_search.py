@@ -136,4 +136,4 @@ def _thinned(group: Group) -> Group:
         return group
     thin = {name: w[:: -(-w.shape[0] // _ROWS)].contiguous() for name, w in group.weights.items()}
     # `smoothed` would carry the second moments along for nothing.
-    return replace(group, weights=thin, moment=None)
+    return replace(group, weights=thin, hessian=None)

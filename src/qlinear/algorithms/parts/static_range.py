@@ -20,7 +20,7 @@ from ..base import Group
 SHARES = (1.0, 0.9, 1.1, 0.8, 1.2, 0.7, 1.4, 0.6, 1.6, 0.5, 2.0, 0.4, 0.3, 0.2)
 
 
-def narrowed(group: Group) -> Group:
+def choose_static_range(group: Group) -> Group:
     """The group with the range of its static input narrowed to where its outputs lose least, or widened: no further
     than what is lost on the sample differs by more than chance, one standard error over its tokens."""
     if len(group.sample) < 2:

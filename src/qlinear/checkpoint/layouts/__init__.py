@@ -24,10 +24,10 @@ _HOLD_FLOAT_VECTORS = ("qlinear",)
 HOLD_TRANSPOSED = ("qlinear", "lmdeploy")
 
 # Which smoothing vectors stay with their layers: those that nothing can take, all, or none.
-Keep = Literal["unfolded", "always", "never"]
+MigrationPolicy = Literal["unfolded", "always", "never"]
 
 
-def kept(migration_scale: Keep, format: str, scheme: Scheme | None) -> Keep:
+def kept(migration_scale: MigrationPolicy, format: str, scheme: Scheme | None) -> MigrationPolicy:
     """Which vectors stay with their layers in this layout, which may have no place for them; scheme: None for float.
 
     Raises SchemeError if all should stay and there is none, or if `migration_scale` is none of its three values.

@@ -12,13 +12,13 @@ from ...algorithms.parts.smoothing_search import Search
 from ...checkpoint.layouts.base import QuantizedLinear
 from ...formats.rounding import QuantizedTensor
 from ...runtime.distributed import Ranks
-from ...runtime.threads import each_core
+from ...runtime.threads import on_each_core_or_here
 from ...streaming.streamed_model import StreamedModel
 from ...tracing.trace import Weight
 from ..block_state import Findings, Layer, Migration, Recipe, joined
 from ..quantize_groups import Rounded, relative, round_weights
 from ..select_layers import file_names
-from .keep_worst import Reserve, Unit
+from .keep_worst import KeepWorst, Unit
 from .sink import Done, Sink
 
 _ALONE = Ranks()
@@ -33,13 +33,13 @@ class BlockWriter:
         self.source, self.writer, self.recipe, self.ranks = source, writer, recipe, ranks
         self.layers, self.warnings = list(done.layers), list(done.warnings)
         self.kept: list[str] = []
-        self._reserve = Reserve(recipe.keep_worst)
+        self._reserve = KeepWorst(recipe.keep_worst)
         self._over: Callable[..., Iterator[list[Rounded]]] = map
 
     @contextmanager
     def on_each_core(self) -> Iterator[None]:
         """Inside, linears are rounded one on each core, rather than each by all, while finished ones are written."""
-        with each_core(self.source.device) as cores:
+        with on_each_core_or_here(self.source.device) as cores:
             self._over = cores.map
             try:
                 yield
@@ -49,7 +49,7 @@ class BlockWriter:
     def round(self, found: Findings) -> Iterator[list[Rounded]]:
         """Codes for what was chosen of a block, one unit after another; its weights in the block are smoothed then."""
         units = [*self._single(found), *chain.from_iterable(self._experts(found).values())]
-        rounded = self.ranks.shared(
+        rounded = self.ranks.split(
             units, lambda unit: list(round_weights(found, unit, self.recipe)), self._over
         )
         for unit, made in zip(units, rounded, strict=True):

@@ -31,7 +31,7 @@ from ...streaming.streamed_model import StreamedModel
 from ...tracing.trace import Weight
 from ..block_state import Findings, Layer
 from ..smoothing import Smoothing
-from .sink import Done, Left, Sink
+from .sink import BlockRecord, Done, Sink
 
 _FOLDER = ".qlinear"
 
@@ -61,12 +61,12 @@ class Journal:
         self = cls(Path(out), settings, _locked(folder))
         file = folder / "journal.json"
         if file.is_file():
-            self._take_up(json.loads(file.read_text()))
+            self._resume(json.loads(file.read_text()))
         else:
             write_atomically(file, self._entry(None))
         return self
 
-    def _take_up(self, found: Mapping[str, Any]) -> None:
+    def _resume(self, found: Mapping[str, Any]) -> None:
         before = found["settings"]
         differ = [
             f"{key} was {before.get(key)!r} and is now {self.settings.get(key)!r}"
@@ -85,7 +85,7 @@ class Journal:
 
     def record(self, found: Findings, layers: Sequence[Layer], warnings: Sequence[str], writer: Sink) -> None:
         """A block is finished, and in the shards: it is made durable, and noted, while the next one is worked on."""
-        self.settle()
+        self.flush()
         file, smoothing = self._file(len(self.done.blocks)), _left_as_bytes(found)
         shards, sync = writer.commit()
         self.done = Done([*self.done.blocks, found.name], list(layers), list(warnings))
@@ -98,7 +98,7 @@ class Journal:
 
         self._pending = self._thread.submit(save)
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Wait until what was recorded is on the disk. Raises OutputError if it cannot be written."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
@@ -113,7 +113,7 @@ class Journal:
         }  # fmt: skip
         return json.dumps(entry).encode()
 
-    def left_of(self, block: str) -> Left:
+    def record_of(self, block: str) -> BlockRecord:
         """What a finished block was left with."""
         smoothing = Smoothing()
         with safe_open(self._file(self.done.blocks.index(block)), "pt") as stored:
@@ -126,7 +126,7 @@ class Journal:
                 {name: stored.get_tensor(f"{part}.{i}") for i, name in enumerate(json.loads(names[part]))}
                 for part in ("changed", "refined")
             )
-        return Left(smoothing, changed, refined)
+        return BlockRecord(smoothing, changed, refined)
 
     def _file(self, position: int) -> Path:
         return self.folder / f"block-{position:05d}.safetensors"
@@ -169,7 +169,7 @@ def is_unfinished(out: str | Path) -> bool:
     return (Path(out) / _FOLDER).is_dir()
 
 
-def can_be_taken_up(out: str | Path) -> bool:
+def can_resume(out: str | Path) -> bool:
     """Whether a folder holds a run that got as far as its journal: its weights were found to be sound."""
     return (Path(out) / _FOLDER / "journal.json").is_file()
 

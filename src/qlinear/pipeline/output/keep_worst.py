@@ -27,7 +27,7 @@ class Unit:
         return max((layer.error for layer in self.layers), default=0.0)
 
 
-class Reserve:
+class KeepWorst:
     """Holds the `size` units of largest error."""
 
     def __init__(self, size: int) -> None:

@@ -49,7 +49,7 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
-class Left:
+class BlockRecord:
     """What a finished block was left with, beside its codes: the smoothing it had, its gains and biases as that left
     them, and its vectors as refining did, both by their names in the block."""
 
@@ -66,10 +66,10 @@ class Record(Protocol):
     def record(self, found: Findings, layers: Sequence[Layer], warnings: Sequence[str], writer: Sink) -> None:
         """A block is finished."""
 
-    def left_of(self, block: str) -> Left:
+    def record_of(self, block: str) -> BlockRecord:
         """What a finished block was left with."""
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Wait until what was recorded is on the disk."""
 
     def remove(self) -> None:
@@ -79,7 +79,7 @@ class Record(Protocol):
         """Let go of the folder."""
 
 
-class Nowhere:
+class NullSink:
     """A sink that keeps names alone: what is added is lost."""
 
     def __init__(self) -> None:
@@ -111,7 +111,7 @@ class Nowhere:
 
 
 @dataclass(slots=True)
-class Unrecorded:
+class NullJournal:
     """The record of a run that another rank, or nobody, writes down. done: what was finished before it."""
 
     done: Done
@@ -119,11 +119,11 @@ class Unrecorded:
     def record(self, found: Findings, layers: Sequence[Layer], warnings: Sequence[str], writer: Sink) -> None:
         """Nothing is written down."""
 
-    def left_of(self, block: str) -> Left:
+    def record_of(self, block: str) -> BlockRecord:
         """Never possible."""
         raise LookupError(f"what {block} was left with was not kept")
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Nothing is on its way."""
 
     def remove(self) -> None:
