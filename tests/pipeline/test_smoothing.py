@@ -16,7 +16,7 @@ from qlinear.pipeline.smoothing import Smoothing
 from qlinear.tracing.folds import Fold, InputGroup, Producer, Reader, find_groups
 from qlinear.tracing.trace import Weight
 
-from ..tracing.test_tracing import WIDTH, Block, OnePlusNorm, call_of, folds_of, perturbed
+from ..tracing.blocks import WIDTH, GatedBlock, OnePlusNorm, call_of, folds_of, perturbed
 
 
 def test_the_papers_worked_example() -> None:
@@ -66,7 +66,7 @@ def test_alpha_outside_its_range_is_refused() -> None:
 @pytest.mark.parametrize("norm", [lambda: nn.RMSNorm(WIDTH), lambda: nn.LayerNorm(WIDTH), OnePlusNorm])
 def test_folding_leaves_the_blocks_output_unchanged(norm: type[nn.Module], stored: torch.dtype) -> None:
     """Even where a gain is rounded to bfloat16: the readers compensate the gain that is stored."""
-    block = perturbed(Block(norm))
+    block = perturbed(GatedBlock(norm))
     for name, p in block.named_parameters():
         p.data = p.to(stored).float()
         if "norm" in name and name.endswith("bias"):
@@ -91,7 +91,7 @@ def test_folding_leaves_the_blocks_output_unchanged(norm: type[nn.Module], store
 
 
 def test_a_kept_vector_divides_the_input_and_multiplies_the_weight() -> None:
-    block = perturbed(Block())
+    block = perturbed(GatedBlock())
     trace, _, _ = folds_of(block)
     smoothing = Smoothing()
     product = trace.products[0]
@@ -102,7 +102,7 @@ def test_a_kept_vector_divides_the_input_and_multiplies_the_weight() -> None:
 
 
 def test_one_vector_serves_every_reader_of_a_group() -> None:
-    trace, _, folds = folds_of(perturbed(Block()))
+    trace, _, folds = folds_of(perturbed(GatedBlock()))
     group = next(g for g in find_groups(trace, folds) if len(g.weights) == 3)
     stats = {w: torch.full((WIDTH,), float(i + 1)) for i, w in enumerate(group.weights)}
     matrices = {w: torch.ones(4, WIDTH) * (i + 1) for i, w in enumerate(group.weights)}
@@ -126,7 +126,7 @@ def brute_force(columns: np.ndarray, magnitudes: np.ndarray, form: str, alpha: f
 @pytest.mark.parametrize("folded", [True, False])
 def test_a_groups_vector_is_that_of_all_its_rows_in_every_form(form: str, folded: bool) -> None:
     """However many rows each of the weights that share an input has."""
-    trace, _, folds = folds_of(perturbed(Block()))
+    trace, _, folds = folds_of(perturbed(GatedBlock()))
     group = next(g for g in find_groups(trace, folds) if len(g.weights) == 3)
     group = group if folded else InputGroup(group.weights)
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Smoothing leaves the logits of every architecture as they were, and misses no weight that multiplies in a block."""
+"""Smoothing keeps the logits of every architecture, and covers every weight that multiplies in a block."""
 
 import json
 import math
@@ -10,8 +10,8 @@ import pytest
 
 from ..support.sweep import CLASSES, Swept, sweep
 
-# Those that no small random instance of can be built, or run by itself, and why.
-NOT_BUILT = {
+# Classes of which no small random instance can be built or run, with the reason.
+CANNOT_BUILD = {
     "Dots3Note": "the widths of its vision and audio adapters are fixed; its text model, Dots3NoteText, is here",
     "Gemma3n": "its vision tower needs timm and Pillow; its text model, Gemma3nText, is here",
     "Gemma4Assistant": "drafts for another model, and reads that one's keys and values",
@@ -19,34 +19,34 @@ NOT_BUILT = {
     "Musicgen": "transformers maps the config of the whole to the class of its decoder, which refuses it",
     "MusicgenMelody": "transformers maps the config of the whole to the class of its decoder, which refuses it",
 }
-# XLNet's raw parameters of three dimensions multiply in einsums that are no linear layers: they are named, and stay.
+# XLNet's raw three-dimensional parameters multiply in einsums that are no linear layers: they are reported and kept.
 UNREAD = {"XLNet"}
 
-# One of each kind: plain, biased, 1 + gain, fused, parallel, sandwiched, transposed, clipped, without gains, with
-# latent attention, with experts in a list, in a stack, batched, cut from one matrix, or with a bias, squared, gated by
-# a linear of its own, recurrent, short-convolved; and how many of the weights fold.
+# One class per structure (plain, biased, 1 + gain, fused, parallel, sandwiched, transposed, clipped, without gains,
+# latent attention, experts in a list, in a stack, batched, cut from one matrix, or with a bias, squared, gated by a
+# linear, recurrent, short convolution), and the least number of weights that fold.
 KINDS = {
     "Llama": 14, "Qwen2": 14, "Qwen3": 14, "Gemma2": 14, "Gemma3Text": 42, "Phi3": 8, "Falcon": 6, "GPTNeoX": 6,
     "Cohere": 14, "Olmo": 4, "Olmo2": 4, "OPT": 12, "GPT2": 6, "Bloom": 6, "StableLm": 14, "Mixtral": 26, "GptOss": 18,
     "Llama4Text": 64, "Nemotron": 12, "Arcee": 12, "DeepseekV3": 25, "Dbrx": 28, "AXK2": 28, "Lfm3": 31, "Phimoe": 26,
     "JetMoe": 38, "Mamba": 4, "Qwen3Next": 20, "Bart": 4,
 }  # fmt: skip
-# What the throw-away probe that this began with folded of the linears in these models.
+# Share of these models' linears that the first prototype folded.
 LEAST_SHARE = 1291 / 2206
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the processes that share the tests leave what they found for each other."""
+def results_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which parallel test processes share their sweeps."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if base.name.startswith("popen") else base) / "architectures"
     folder.mkdir(exist_ok=True)
     return folder
 
 
-def noted(name: str, found: Path) -> Swept:
-    """The sweep of a class, from the process that made it if one has."""
-    file = found / f"{name}.json"
+def swept_once(name: str, results_dir: Path) -> Swept:
+    """The sweep of a class, taken from another test process if that has run it."""
+    file = results_dir / f"{name}.json"
     if file.is_file():
         return Swept(**json.loads(file.read_text()))
     swept = sweep(name)
@@ -56,45 +56,47 @@ def noted(name: str, found: Path) -> Swept:
     return swept
 
 
-# Instances that are looked at where one by itself came out worse.
+# Instances to average over where one instance got worse.
 INSTANCES = 3
 
 
 def is_worse(name: str) -> bool:
-    """Whether smoothing costs instances of the class more than chance does, and more than 2%.
+    """Whether smoothing increases the error of W8A8 by significantly more than 2%.
 
-    In models that normalise after a layer, two large channels make most of the logits, and so two rows of a weight most
-    of the error: how they happen to round changes it by half, up or down. And where norms have no gain, no channel is
-    large here, so that there is nothing to gain either.
+    In models that normalise after a layer, two large channels make most of the logits, so two rows of a weight make
+    most of the error, and chance in their rounding changes it by half in either direction. Where norms have no gain, no
+    channel is large here, so smoothing gains nothing either.
     """
     several = [sweep(name), *(sweep(name, seed) for seed in range(1, INSTANCES))]
     ratios = [math.log(s.smoothed / s.plain) for s in several if s.smoothed and s.plain]
     return mean(ratios) - 2 * stdev(ratios) / len(ratios) ** 0.5 > math.log(1.02)
 
 
-@pytest.mark.parametrize("name", sorted(CLASSES.keys() - NOT_BUILT))
-@pytest.mark.filterwarnings("default")  # what other people's models warn of is theirs
-def test_smoothing_keeps_the_logits_misses_nothing_and_costs_w8a8_nothing(name: str, found: Path) -> None:
-    swept = noted(name, found)
+@pytest.mark.parametrize("name", sorted(CLASSES.keys() - CANNOT_BUILD))
+@pytest.mark.filterwarnings("default")  # warnings of third-party models
+def test_smoothing_keeps_the_logits_and_covers_every_weight(name: str, results_dir: Path) -> None:
+    swept = swept_once(name, results_dir)
     assert swept.difference < 1e-4
-    assert not swept.missed, "a weight that multiplies is in a group, or it is named as one that is not"
+    assert not swept.missed, "every weight that multiplies is in a group or reported as unread"
     assert bool(swept.unread) == (name in UNREAD)
-    assert swept.plain is not None, "every model lets its linears be replaced"
+    assert swept.plain is not None, "the linears of every model can be replaced"
     assert swept.smoothed is not None
-    # Without an nn.Linear in its blocks, as in GPT-2, a model loses nothing.
+    # A model without nn.Linear in its blocks, such as GPT-2, has no error.
     assert not swept.plain or swept.smoothed <= swept.plain or not is_worse(name)
 
 
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.filterwarnings("default")
-def test_what_can_be_folded_is(name: str, found: Path) -> None:
-    swept = noted(name, found)
+def test_as_many_weights_fold_as_before(name: str, results_dir: Path) -> None:
+    swept = swept_once(name, results_dir)
     assert swept.linears[0] + swept.others[0] >= KINDS[name]
 
 
 @pytest.mark.filterwarnings("default")
-def test_most_linears_fold_and_w8a8_gains_from_it(found: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    all_of = [noted(name, found) for name in sorted(CLASSES.keys() - NOT_BUILT)]
+def test_most_linears_fold_and_w8a8_gains_from_it(
+    results_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    all_of = [swept_once(name, results_dir) for name in sorted(CLASSES.keys() - CANNOT_BUILD)]
     linears, others = ([sum(counts) for counts in zip(*kind, strict=True)] for kind in (
         [s.linears for s in all_of], [s.others for s in all_of]
     ))  # fmt: skip
@@ -109,8 +111,8 @@ def test_most_linears_fold_and_w8a8_gains_from_it(found: Path, capsys: pytest.Ca
     assert sum(smoothed for _, smoothed in compared) <= sum(plain for plain, _ in compared)
 
 
-@pytest.mark.parametrize("name", NOT_BUILT)
+@pytest.mark.parametrize("name", CANNOT_BUILD)
 @pytest.mark.filterwarnings("default")
-def test_what_is_not_built_cannot_be(name: str) -> None:
+def test_listed_classes_cannot_be_built(name: str) -> None:
     with pytest.raises(Exception, match=r".+"):
         sweep(name)

@@ -1,8 +1,10 @@
-"""Running a block with one thing changed: what a weight reads or gives is scaled, without touching the weight.
+"""Runs a block with the input or output of some weights scaled, without changing the weights.
 
-Powers of two make such a run exact, so whether two runs agree is not a question of tolerance. A run is written down as
-a `Trace`, and can be replayed: then each product gives what it gave before, whatever reaches it. A change shows in what
-reads it directly, and goes no further; and nothing is multiplied, so that such a run costs next to nothing.
+Scaling by powers of two is exact in floating point, so two runs can be compared without a tolerance.
+
+A run is recorded as a `Trace` and can be replayed. In a replay every product returns its recorded output, whatever its
+input. A change then shows in the weights that read it directly and goes no further, and the replay costs almost nothing
+because it multiplies no matrices.
 """
 
 import weakref
@@ -16,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..streaming.lanes import copied
-from .trace import Operands, Watch, Weight
+from .trace import Operands, ProductWatcher, Weight
 
 _TOPK = {torch.topk, Tensor.topk}
-# What most arguments are that hold no tensor.
+# Types of most arguments without tensors: a shortcut around pytree.
 _NO_TENSORS = (int, float, str, torch.dtype, torch.device, type(None))
 
 
@@ -27,9 +29,9 @@ _NO_TENSORS = (int, float, str, torch.dtype, torch.device, type(None))
 class Product:
     """One multiplication: x (tokens, in) as it reaches `weight`, and y (tokens, out), bias included.
 
-    Both are as they are before any scaling that `observe` was asked for.
-    source: a key that two products share if they read the very same tensor. made_from: the weights and vectors that
-    x was computed from, by name, as far as the products before.
+    x and y are recorded before any scaling that `observe` applies.
+    source: a key that is equal for two products that read the same tensor. computed_from: names of the weights and
+    vectors that x was computed from, back to the preceding products.
     """
 
     weight: Weight
@@ -37,19 +39,20 @@ class Product:
     y: Tensor
     bias: str | None
     source: tuple[Any, ...]
-    made_from: frozenset[str]
+    computed_from: frozenset[str]
 
 
 @dataclass(slots=True)
 class Trace:
-    """A block's run: its products in order, what it returned, and what left it another way.
+    """A run of a block: its products in order, the tensors it returned, and its side outputs.
 
-    outputs: what each product gave, in order, to replay it. unread: as `Watch` has it.
+    side_outputs: tensors that outlive the call without being returned (kept in an attribute or a shared dict). outputs:
+    each product's output, in order, for a replay. unread: see `ProductWatcher`.
     """
 
     products: list[Product] = field(default_factory=list)
     returned: list[Tensor] = field(default_factory=list)
-    escaped: list[Tensor] = field(default_factory=list)
+    side_outputs: list[Tensor] = field(default_factory=list)
     outputs: list[tuple[Weight, Tensor]] = field(default_factory=list)
     unread: frozenset[str] = frozenset()
 
@@ -66,10 +69,10 @@ def observe(
     scale_output: Scales | None = None,
     replay: Trace | None = None,
 ) -> Trace:
-    """Run `forward(*args, **kwargs)` of `block` in float32 and write down what happened.
+    """Run `forward(*args, **kwargs)` of `block` in float32 and record it.
 
-    The arguments are copied, so a run leaves no trace in the lane they were taken from. scale_input and
-    scale_output multiply what a weight reads (in,) or gives (out,). replay: give what the products of that run gave.
+    The arguments are copied, so the caller's tensors and containers do not change. scale_input, scale_output: factors
+    for a weight's input (in,) or output (out,). replay: return the outputs of this recorded run's products.
     """
     args, kwargs = _float_copy(tuple(args)), _float_copy(dict(kwargs))
     watch = _Experiment(block, scale_input or {}, scale_output or {}, replay)
@@ -80,83 +83,91 @@ def observe(
     known = {id(t) for t in [*trace.returned, *_tensors((args, kwargs))]} | watch.views
     alive = {id(t): t for ref in watch.made if (t := ref()) is not None}
     del returned
-    trace.escaped = [t for key, t in alive.items() if key not in known or key in _held(args, kwargs)]
+    trace.side_outputs = [
+        t for key, t in alive.items() if key not in known or key in _in_containers(args, kwargs)
+    ]
     return trace
 
 
-class _Experiment(Watch):
-    """A run in which inputs and outputs of weights are scaled, and every expert gets its share of the tokens.
+class _Experiment(ProductWatcher):
+    """A run with scaled inputs and outputs of weights, and with tokens spread evenly over all experts.
 
-    made: everything that the block computed, to see afterwards what of it has escaped.
+    made: weak references to every computed tensor; the ones still alive after the run are side outputs.
     """
 
     def __init__(self, block: nn.Module, inputs: Scales, outputs: Scales, replay: Trace | None) -> None:
         super().__init__(block, self._note)
         self._inputs, self._outputs = inputs, outputs
-        self._replies = deque(replay.outputs if replay else ())
-        self._origins = _Origins(block)
+        self._replay = deque(replay.outputs if replay else ())
+        self._provenance = _Provenance(block)
         self._read: list[Tensor] = []
         self.trace = Trace()
         self.made: list[weakref.ref[Tensor]] = []
 
     @property
     def views(self) -> set[int]:
-        """The identities of the block's weights and of what was made of them alone."""
+        """The ids of the block's weights and of tensors made from one weight alone."""
         return set(self._derived)
 
     def _note(self, weight: Weight, x: Tensor, y: Tensor, bias: str | None) -> None:
         source = (x.data_ptr(), x.shape, x.stride(), x._version)
-        # As long as what was read lives, no other tensor has its address. An alias, for what escapes lives without us.
+        # Keeps the storage alive, so that no other tensor gets its address. An alias, so that the tensor itself still
+        # dies when the block drops it and is not taken for a side output.
         self._read.append(x.detach())
         flat = x.reshape(-1, x.shape[-1]).detach().clone(), y.reshape(-1, y.shape[-1]).detach().clone()
-        self.trace.products.append(Product(weight, *flat, bias, source, self._origins.of(x)))
+        self.trace.products.append(Product(weight, *flat, bias, source, self._provenance.of(x)))
 
-    def _other(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _other_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
         if func in _TOPK:
-            out = _routed(args[0] if args else kwargs["input"], out, args, kwargs)
+            out = _round_robin_routing(args[0] if args else kwargs["input"], out, args, kwargs)
         made = _tensors(out)
         self.made += [weakref.ref(t) for t in made]
-        self._origins.follow(_tensors((args, *kwargs.values())), made or _tensors(args[:1]))
+        self._provenance.follow(_tensors((args, *kwargs.values())), made or _tensors(args[:1]))
         return out
 
     def _product(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: Operands, weights: list[Weight]
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        operands: Operands,
+        weights: list[Weight],
     ) -> Tensor:
-        y = self._reply(weights[0])
+        y = self._replayed(weights[0])
         if y is None:
-            x = _scaled(found, weights, found.x, self._inputs)
-            args = tuple(x if a is found.x else a for a in args)
-            y = func(*args, **{k: x if a is found.x else a for k, a in kwargs.items()})
+            x = _scaled(operands, weights, operands.x, self._inputs)
+            args = tuple(x if a is operands.x else a for a in args)
+            y = func(*args, **{k: x if a is operands.x else a for k, a in kwargs.items()})
         self.trace.outputs.append((weights[0], y.detach().clone()))
-        self._report(found, weights, y)
-        y = _scaled(found, weights, y, self._outputs)
+        self._report(operands, weights, y)
+        y = _scaled(operands, weights, y, self._outputs)
         self.made.append(weakref.ref(y))
-        self._origins.begin(y, weights[0].name)
+        self._provenance.set_from(y, weights[0].name)
         return y
 
-    def _reply(self, weight: Weight) -> Tensor | None:
-        """What this product gave when it was recorded; None if it was not, or not at this point."""
-        if not self._replies or self._replies[0][0] != weight:
+    def _replayed(self, weight: Weight) -> Tensor | None:
+        """The recorded output of this product; None if no recorded product is next in order."""
+        if not self._replay or self._replay[0][0] != weight:
             return None
-        return self._replies.popleft()[1].clone()
+        return self._replay.popleft()[1].clone()
 
 
-def _scaled(found: Operands, weights: list[Weight], values: Tensor, scales: Scales) -> Tensor:
-    """Input or output `values` of a product, times what `scales` has for its weight, or for each slice."""
+def _scaled(operands: Operands, weights: list[Weight], values: Tensor, scales: Scales) -> Tensor:
+    """A product's input or output, times the factor in `scales` of its weight, or of each slice."""
     if scales.keys().isdisjoint(weights):
         return values
-    rows = found.rows(values)
+    rows = operands.rows(values)
     one = torch.ones(rows.shape[-1])
     factors = torch.stack([scales.get(weight, one) for weight in weights]).to(values)
-    return found.rows(rows * (factors.unsqueeze(1) if len(weights) > 1 else factors[0]))
+    return operands.rows(rows * (factors.unsqueeze(1) if len(weights) > 1 else factors[0]))
 
 
-class _Origins:
-    """Which weights and vectors a tensor was computed from, as far back as the products that it came through.
+class _Provenance:
+    """Tracks which weights and vectors a tensor was computed from, back to the preceding products.
 
-    Kept by storage, so that views and what is written in place are followed too. A storage that is new to its
-    function begins anew, whatever lay at its address before.
+    Names are kept per storage, so that views and in-place writes are followed. A function's new storage gets the names
+    of its inputs, whatever storage had the same address before.
     """
 
     def __init__(self, block: nn.Module) -> None:
@@ -165,11 +176,11 @@ class _Origins:
     def of(self, tensor: Tensor) -> frozenset[str]:
         return self._names.get(_address(tensor), frozenset())
 
-    def begin(self, tensor: Tensor, name: str) -> None:
+    def set_from(self, tensor: Tensor, name: str) -> None:
         self._names[_address(tensor)] = frozenset({name})
 
     def follow(self, read: Iterable[Tensor], made: Iterable[Tensor]) -> None:
-        """Note that `made` was computed from `read`, or written into some of it."""
+        """Record that `made` was computed from `read`, or written into a tensor of it."""
         names = frozenset().union(*(self.of(t) for t in read))
         for tensor in made:
             self._names[_address(tensor)] = names
@@ -179,9 +190,11 @@ def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _routed(scores: Tensor, chosen: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A router's choice, replaced by one that goes round all experts: an experiment must reach them all, and a
-    change of scores must not send a token elsewhere."""
+def _round_robin_routing(scores: Tensor, chosen: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A router's top-k choice, replaced by a round robin over all experts.
+
+    An experiment must reach every expert, and a change of scores must not send a token to another one.
+    """
     dim = kwargs.get("dim", args[2] if len(args) > 2 else -1)
     if dim not in (-1, scores.dim() - 1) or not chosen.indices.numel():
         return chosen
@@ -192,20 +205,20 @@ def _routed(scores: Tensor, chosen: Any, args: tuple[Any, ...], kwargs: dict[str
     return type(chosen)((scores.gather(-1, indices), indices))
 
 
-def _held(args: Any, kwargs: Any) -> set[int]:
-    """Tensors that sit in containers which were passed in: where a block puts what later blocks read."""
+def _in_containers(args: Any, kwargs: Any) -> set[int]:
+    """The ids of tensors in containers among the arguments: a block may leave values there for later blocks."""
     containers = [a for a in [*args, *kwargs.values()] if isinstance(a, (dict, list))]
     return {id(t) for t in _tensors(containers)}
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    """The tensors in a function's arguments or results; pytree alone would take as long as many a function."""
+    """The tensors in a function's arguments or results, with shortcuts: pytree alone is slow."""
     if isinstance(tree, Tensor):
         return [tree]
     if isinstance(tree, _NO_TENSORS):
         return []
     if isinstance(tree, (tuple, list)):
-        return [tensor for each in tree for tensor in _tensors(each)]
+        return [tensor for item in tree for tensor in _tensors(item)]
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 

@@ -1,4 +1,4 @@
-"""What experiments find and proofs confirm: producers, what reads them, and the groups that share a vector."""
+"""The results of tracing: producers, the weights that read them, and the groups that share one smoothing vector."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +12,12 @@ from .trace import Weight
 
 @dataclass(frozen=True, slots=True)
 class Producer:
-    """What can take a smoothing vector: the gain of a norm, or the rows of a weight.
+    """A module that can absorb a smoothing vector: the gain of a norm, or rows of a weight.
 
-    size: channels. gain: the vectors, gain first, biases after; empty if `weight` is set. offset: 1 where the norm
-    multiplies by (1 + gain). rows: (start, stop, step), which rows of `weight` reach the readers, all if None; bias:
-    its bias. A weight with an index of None that has three dimensions stands for all its slices.
+    size: number of channels. gain: names of the norm's vectors, gain first, then biases; empty if `weight` is set.
+    offset: 1 if the norm multiplies by (1 + gain). rows: (start, stop, step) of the rows of `weight` that reach the
+    readers; None for all. bias: name of the weight's bias. A three-dimensional weight with index None stands for all
+    slices of its stack.
     """
 
     size: int
@@ -28,17 +29,16 @@ class Producer:
 
     @property
     def name(self) -> str:
-        """The module that produces, by its name in the block."""
+        """Name of the producing module in the block."""
         return (self.gain[0] if self.weight is None else self.weight.name).rpartition(".")[0]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reader:
-    """A weight and where its input comes from: input channel j is producer channel `channels[j]`, -1 if unknown.
+    """A weight that reads a producer: input channel j is producer channel `channels[j]`, or -1 if unknown.
 
-    Vectors may be on any device, `channels` are on the CPU.
-
-    degree: the input grows by that power of the producer: 2 behind a squared ReLU.
+    channels: (in,) int64 on the CPU; the vectors given to the methods may be on any device. degree: the power of the
+    producer that the input is proportional to, such as 2 behind a squared ReLU.
     """
 
     weight: Weight
@@ -46,12 +46,12 @@ class Reader:
     degree: int = 1
 
     def spread(self, s: Tensor) -> Tensor:
-        """What s (size,), divided out of the producer, divides this weight's input by (in,); 1 where unknown."""
+        """The divisor (in,) of this weight's input when the producer is divided by s (size,); 1 where unknown."""
         channels = self.channels.to(s.device)
         return torch.where(channels < 0, torch.ones_like(s[:1]), s[channels.clamp(min=0)] ** self.degree)
 
     def gather(self, per_input: Tensor, size: int) -> Tensor:
-        """A statistic per input channel (in,) as its maximum per producer channel (size,); 0 where unread."""
+        """The maximum, per producer channel (size,), of a statistic per input channel (in,); 0 where unread."""
         channels = self.channels.to(per_input.device)
         known, gathered = channels >= 0, per_input.new_zeros(size)
         return gathered.scatter_reduce_(0, channels[known], per_input[known], "amax")
@@ -59,30 +59,27 @@ class Reader:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fold:
-    """A producer and all the weights that read it."""
+    """A producer and all weights that read it: dividing the producer by s multiplies the weights' columns by s."""
 
     producer: Producer
     readers: tuple[Reader, ...]
 
     @property
     def degree(self) -> int:
-        """To which power the producer reaches its readers."""
+        """The power of the producer that its readers' inputs are proportional to."""
         return self.readers[0].degree
 
     @property
     def touched(self) -> set[str]:
-        """The parameters that it changes, by name."""
+        """Names of the parameters that the fold changes."""
         producer = self.producer
-        own = (
-            {*producer.gain, producer.bias}
-            if producer.weight is None
-            else {producer.weight.name, producer.bias}
-        )
-        return {name for name in own if name} | {reader.weight.name for reader in self.readers}
+        names = {*producer.gain} if producer.weight is None else {producer.weight.name}
+        names |= {producer.bias} if producer.bias else set()
+        return names | {reader.weight.name for reader in self.readers}
 
     @property
     def reached(self) -> Tensor:
-        """Which producer channels (size,) may be scaled: those that are known to reach every reader."""
+        """Mask (size,) of the producer channels that may be scaled: the ones known to reach every reader."""
         reached = torch.ones(self.producer.size, dtype=torch.bool)
         for reader in self.readers:
             seen = torch.zeros_like(reached)
@@ -93,14 +90,14 @@ class Fold:
 
 @dataclass(frozen=True, slots=True)
 class InputGroup:
-    """Weights that share one smoothing vector, and the fold that would take it (None: nothing can)."""
+    """Weights that share one smoothing vector, and the fold that absorbs it (None if there is none)."""
 
     weights: tuple[Weight, ...]
     fold: Fold | None = None
 
 
 def find_groups(trace: Trace, folds: Sequence[Fold]) -> list[InputGroup]:
-    """Each weight of a run in exactly one group: by the fold that it reads from, else by the tensor it reads."""
+    """Put each weight of a run in exactly one group: by the fold it reads from, else by the tensor it reads."""
     fold_of = {reader.weight: fold for fold in folds for reader in fold.readers}
     members: dict[object, list[Weight]] = {}
     fold_at: dict[object, Fold] = {}

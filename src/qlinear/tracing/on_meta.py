@@ -1,6 +1,6 @@
-"""The structure of a model that has no weights in memory: one block of each kind is run with random ones (`imagined`).
+"""Finds the input groups of a model whose parameters are on meta: one block of each kind runs with random weights.
 
-Who feeds whom does not depend on what the weights are.
+Which weights share an input, and what produces it, does not depend on the weights' values.
 """
 
 from collections.abc import Mapping
@@ -27,71 +27,71 @@ from .folds import InputGroup, find_groups
 from .proof import find_and_prove_folds
 
 _DTYPE = Tensor.dtype.__get__  # type: ignore[attr-defined]
-# What a model may do to its weights as it runs; a repeated column cannot be written to.
+# In-place operations that a model may apply to its weights; a weight of one repeated column cannot be written to.
 _RESCALING = {Tensor.div_, Tensor.mul_}
 
 
 def groups_on_meta(
     model: nn.Module, blocks: Mapping[str, nn.Module], head: nn.Module
 ) -> dict[str, list[InputGroup]]:
-    """The input groups of every block that a text passes through, by the block's name.
+    """The input groups of every block that the model's forward runs, by the block's name.
 
     model: with its parameters on meta, in float32. Blocks whose parameters have the same names and shapes are of one
-    kind, and what is found in the first of a kind holds for all.
+    kind; the first block of each kind is examined, and its groups are used for all.
     """
     name_of = {id(block): name for name, block in blocks.items()}
     kinds: dict[Any, tuple[list[InputGroup], list[Any]]] = {}
-    found: dict[str, list[InputGroup]] = {}
+    groups_of: dict[str, list[InputGroup]] = {}
     stops = [*blocks.values(), head]
     shapes = (TOKENS, 1), (2, longest(model))
     batches = [batch for shape in shapes for batch in batches_of(dummy_ids(model, *shape), shape[0])]
     with (
         diagnosing(lambda: (model, blocks)),
         torch.no_grad(),
-        _OneColumn(),
+        _OneColumnProducts(),
         random_weights(_outside(model, stops)),
         Lanes(model, stops, batches) as lanes,
     ):
         while (block := lanes.at) is not None and block is not head:
             kind = kind_of(block)
             if kind not in kinds:
-                kinds[kind] = _examined(block, lanes)
+                kinds[kind] = _examine(block, lanes)
             groups, outputs = kinds[kind]
-            found[name_of[id(block)]] = groups
+            groups_of[name_of[id(block)]] = groups
             for lane, output in zip(lanes, outputs, strict=True):
                 lane.advance(output)
-    return found
+    return groups_of
 
 
 def weights_used_as_floats(model: nn.Module, blocks: Mapping[str, nn.Module]) -> frozenset[str]:
-    """The linears whose weight a model needs as floats, by name.
+    """Names of the linears whose weight the model needs as floats.
 
-    Either it asks for the weight's dtype, to cast an input to it, and codes would tell it int8; or it rescales the
-    weight as it runs, as RWKV does. model: with its parameters on meta, in any dtype; what its forward changes in it
-    stays changed. As in `sketch`, what is found in the first block of a kind holds for all.
+    Such a model casts an input to the weight's dtype, which for codes would be int8, or rescales the weight as it runs,
+    as RWKV does. model: with its parameters on meta, in any dtype; changes that its forward makes to it stay. As in
+    `groups_on_meta`, the first block of each kind stands for all.
     """
     kinds = {name: kind_of(block) for name, block in blocks.items()}
     first = {kind: name for name, kind in reversed(kinds.items())}
     with (
         diagnosing(lambda: (model, blocks)),
         torch.no_grad(),
-        _OneColumn(),
+        _OneColumnProducts(),
         random_weights(model.modules(), one_column_weights),
-        _Consulted(model) as seen,
+        _FloatWeightUse(model) as used,
         each_kind_once(blocks),
     ):
         model(short_dummy_ids(model), use_cache=False)
-    alike = [(name, first[kind]) for name, kind in kinds.items()]
-    return frozenset(seen.names).union(
-        name + asked.removeprefix(shown)
-        for name, shown in alike
-        for asked in seen.names
-        if asked.startswith(f"{shown}.")
+    examined = [(name, first[kind]) for name, kind in kinds.items()]
+    return frozenset(used.names).union(
+        name + linear.removeprefix(example)
+        for name, example in examined
+        for linear in used.names
+        if linear.startswith(f"{example}.")
     )
 
 
-class _Consulted(TorchFunctionMode):
-    """Notes the linears whose weight's dtype is asked for, or which are rescaled."""
+class _FloatWeightUse(TorchFunctionMode):
+    """Context manager: collects the names of linears whose weight's dtype is read, or whose weight is rescaled."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -108,8 +108,8 @@ class _Consulted(TorchFunctionMode):
         return args[0] if rescales else func(*args, **(kwargs or {}))
 
 
-class _OneColumn(TorchFunctionMode):
-    """Multiplies by a matrix that is one column repeated as what it is, a sum and an outer product, not in full."""
+class _OneColumnProducts(TorchFunctionMode):
+    """Context manager: multiplies by a matrix of one repeated column as a sum and an outer product."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -121,8 +121,8 @@ class _OneColumn(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _examined(block: nn.Module, lanes: Lanes) -> tuple[list[InputGroup], list[Any]]:
-    """The groups of a block, and what it answers each lane."""
+def _examine(block: nn.Module, lanes: Lanes) -> tuple[list[InputGroup], list[Any]]:
+    """The groups of a block, and its output for each lane."""
     probe, proof = (lane.waiting for lane in lanes)
     with random_weights(block.modules()):
         trace, folds = find_and_prove_folds(block, probe, proof)
@@ -130,6 +130,6 @@ def _examined(block: nn.Module, lanes: Lanes) -> tuple[list[InputGroup], list[An
 
 
 def _outside(model: nn.Module, stops: list[nn.Module]) -> list[nn.Module]:
-    """The modules that lie in none of `stops`."""
+    """The modules that are in none of `stops`."""
     inside = {id(module) for stop in stops for module in stop.modules()}
     return [module for module in model.modules() if id(module) not in inside]

@@ -1,7 +1,7 @@
-"""Watching a block run: every product of an activation with one of its weights.
+"""Records every product of an activation with a weight of a block, while the block runs.
 
-A weight is whatever multiplies: an `nn.Linear`'s, a transposed one, one expert's slice of a stack, a raw parameter
-in a matmul, on either side. A torch function mode sees them all alike.
+A weight is any parameter that multiplies: an `nn.Linear`'s, a transposed one, one expert's slice of a stack, or a raw
+parameter in a matmul, on either side. A torch function mode intercepts all of them in the same way.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-# torch's products: by where the weight stands among their arguments, and its layout there.
+# Torch's products, sorted by the weight's position among the arguments and its layout.
 _LINEAR = {F.linear}
 _MATMUL = {
     torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__,
 }  # fmt: skip
 _BIAS_FIRST = {torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.baddbmm}
-# Products too, of which some are no more than a linear layer, and others more.
+# Products that may be a linear layer, or may do more than one.
 _OTHERS = {torch.einsum, torch.tensordot, torch.inner, Tensor.inner, F.bilinear}
 
 
@@ -29,8 +29,8 @@ _OTHERS = {torch.einsum, torch.tensordot, torch.inner, Tensor.inner, F.bilinear}
 class Weight:
     """A matrix that multiplies: a parameter of the block, or slice `index` of a stack of them.
 
-    transposed: stored as (in, out) rather than (out, in). slices: how many a parameter of two dimensions is cut into
-    along its first, where the model views it as a stack.
+    transposed: stored as (in, out) rather than (out, in). slices: number of slices along the first dimension, where
+    the model views a two-dimensional parameter as a stack.
     """
 
     name: str
@@ -39,25 +39,29 @@ class Weight:
     slices: int | None = None
 
     def of(self, block: nn.Module) -> Tensor:
-        """The matrix itself as (out, in), a view of the block's parameter."""
+        """The matrix (out, in), as a view of the block's parameter."""
         parameter = block.get_parameter(self.name)
         stack = parameter if self.slices is None else parameter.view(self.slices, -1, parameter.shape[-1])
         matrix = stack if self.index is None else stack[self.index]
         return matrix.mT if self.transposed else matrix
 
     def count(self, block: nn.Module) -> int:
-        """How many slices the stack has that it is one of."""
+        """Number of slices in this weight's stack."""
         return self.slices or len(block.get_parameter(self.name))
 
     @property
     def module(self) -> str:
-        """The module that owns it, by its name in the block."""
+        """Name, in the block, of the module that owns the parameter."""
         return self.name.rpartition(".")[0]
 
 
 @dataclass(frozen=True, slots=True)
 class Operands:
-    """What a product multiplies. left: as matrix · x, so that x and the product hold tokens along their last axis."""
+    """The operands of a product.
+
+    left: the product is matrix · x, so x and the result hold tokens along their last axis. out_in: the matrix is stored
+    as (out, in).
+    """
 
     x: Tensor
     matrix: Tensor
@@ -66,14 +70,14 @@ class Operands:
     out_in: bool = False
 
     def rows(self, values: Tensor) -> Tensor:
-        """x, or the product, with tokens before channels; and back."""
+        """Converts x or the product to (..., tokens, channels), and back."""
         return values.mT if self.left else values
 
 
-class Watch(TorchFunctionMode):
-    """Reports each product to `on_product(weight, x, y, bias)`.
+class ProductWatcher(TorchFunctionMode):
+    """Context manager: calls `on_product(weight, x, y, bias)` for each product.
 
-    unread: names of the parameters that multiply in a way which is not that of a linear layer, and are not reported.
+    unread: names of parameters that multiply in another way than a linear layer does. These are not reported.
     """
 
     def __init__(
@@ -84,7 +88,7 @@ class Watch(TorchFunctionMode):
         self.unread: set[str] = set()
         self._names = {id(p): name for name, p in block.named_parameters()}
         self._parameters = {name: p for name, p in block.named_parameters() if p.dim() in (2, 3)}
-        # What a parameter was turned into by functions of it alone (views, slices, casts): id -> (tensor, as a weight).
+        # Parameters, and tensors made from one parameter alone (views, slices, casts): id -> (tensor, its weight).
         self._derived: dict[int, tuple[Tensor, Weight]] = {
             id(p): (p, Weight(name)) for name, p in self._parameters.items()
         }
@@ -93,35 +97,40 @@ class Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        found = self._operands(func, args, kwargs)
-        if found is not None:
-            return self._product(func, args, kwargs, found, self._weights(found))
+        operands = self._operands(func, args, kwargs)
+        if operands is not None:
+            return self._product(func, args, kwargs, operands, self._weights(operands))
         if func in _MATMUL | _BIAS_FIRST | _OTHERS:
             factors = (t for t in tree_leaves((args, kwargs)) if id(t) in self._derived and t.dim() > 1)
             self.unread |= {self._derived[id(factor)][1].name for factor in factors}
-        out = self._other(func, args, kwargs)
+        out = self._other_call(func, args, kwargs)
         if isinstance(out, Tensor):
             self._derive(func, out, args)
         return out
 
     def _operands(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operands | None:
-        """The operands if `func` multiplies an activation by one of the block's weights."""
-        known = (o for o in _readings(func, args, kwargs) if id(o.matrix) in self._derived)
+        """The operands, if `func` multiplies an activation by a weight of the block."""
+        known = (o for o in _possible_operands(func, args, kwargs) if id(o.matrix) in self._derived)
         return next((o for o in known if o.matrix.dim() > 1 and (o.x.dim() > 1 or not o.left)), None)
 
-    def _other(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _other_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
 
     def _product(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: Operands, weights: list[Weight]
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        operands: Operands,
+        weights: list[Weight],
     ) -> Tensor:
         y: Tensor = func(*args, **kwargs)
-        self._report(found, weights, y)
+        self._report(operands, weights, y)
         return y
 
-    def _report(self, found: Operands, weights: list[Weight], y: Tensor) -> None:
-        """Tell of a product; of a batch of them, with a stack of weights, slice by slice."""
-        name, x, y = self._names.get(id(found.bias)), found.rows(found.x), found.rows(y)
+    def _report(self, operands: Operands, weights: list[Weight], y: Tensor) -> None:
+        """Report a product; a batched product with a stack of weights is reported slice by slice."""
+        name, x, y = self._names.get(id(operands.bias)), operands.rows(operands.x), operands.rows(y)
         if len(weights) == 1:
             self._on_product(weights[0], x, y, name)
             return
@@ -133,28 +142,28 @@ class Watch(TorchFunctionMode):
             return
         _, weight = self._derived[id(args[0])]
         if func is Tensor.__getitem__ and args[0].dim() == 3 and out.dim() == 2:
-            weight = replace(self._cut(weight, args[0]), index=int(args[1]))
+            weight = replace(self._as_stack(weight, args[0]), index=int(args[1]))
         elif any(isinstance(other, Tensor) for other in args[1:]):
             return
         self._derived[id(out)] = (out, weight)
 
-    def _cut(self, weight: Weight, matrix: Tensor) -> Weight:
-        """The weight as a stack, if that is how a parameter of two dimensions is viewed."""
+    def _as_stack(self, weight: Weight, matrix: Tensor) -> Weight:
+        """The weight with `slices` set, if the model views a two-dimensional parameter as a stack."""
         is_view = self._parameters[weight.name].dim() == 2 and matrix.dim() == 3
         return replace(weight, slices=matrix.shape[0]) if is_view else weight
 
-    def _weights(self, found: Operands) -> list[Weight]:
-        """What multiplies: one weight, or the slices of a stack, one for each element of a batch."""
-        _, weight = self._derived[id(found.matrix)]
-        row_major = found.matrix.stride(-1) <= found.matrix.stride(-2)
-        weight = replace(self._cut(weight, found.matrix), transposed=row_major != found.out_in)
-        shapes = found.x.shape, found.matrix.shape
+    def _weights(self, operands: Operands) -> list[Weight]:
+        """The factor of a product: one weight, or a stack's slices, one per element of the batch."""
+        _, weight = self._derived[id(operands.matrix)]
+        row_major = operands.matrix.stride(-1) <= operands.matrix.stride(-2)
+        weight = replace(self._as_stack(weight, operands.matrix), transposed=row_major != operands.out_in)
+        shapes = operands.x.shape, operands.matrix.shape
         is_batch = weight.index is None and all(len(s) == 3 for s in shapes) and shapes[0][0] == shapes[1][0]
         return [replace(weight, index=i) for i in range(shapes[1][0])] if is_batch else [weight]
 
 
-def _readings(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Operands]:
-    """The ways to read a call as activation times weight; none if it is no product."""
+def _possible_operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Operands]:
+    """Possible interpretations of a call as activation times weight; empty if the call is no product."""
     if func in _LINEAR:
         x = args[0] if args else kwargs["input"]
         matrix = args[1] if len(args) > 1 else kwargs["weight"]
@@ -172,7 +181,10 @@ def _readings(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Itera
 
 
 def _as_linear(equation: str, x: int, matrix: int) -> bool | None:
-    """Whether an einsum is x times a matrix stored (out, in), as "bti,oi->bto" is, or (in, out); None if neither."""
+    """True if an einsum is x times a matrix stored (out, in), as "bti,oi->bto" is.
+
+    False if the matrix is stored (in, out); None if the einsum is no linear layer.
+    """
     inputs, _, out = equation.replace(" ", "").partition("->")
     names = ["", *inputs.split(",")]
     tokens, ends = names[x][:-1], {names[x][-1:] + out[-1:]: False, out[-1:] + names[x][-1:]: True}
@@ -180,26 +192,31 @@ def _as_linear(equation: str, x: int, matrix: int) -> bool | None:
     return ends.get(names[matrix]) if known else None
 
 
-class _Inputs(Watch):
-    """Reports what a weight is about to read, before the product."""
+class _InputWatcher(ProductWatcher):
+    """Context manager: calls `on_input(weight, x)` before each product."""
 
     def __init__(self, block: nn.Module, on_input: Callable[[Weight, Tensor], None]) -> None:
         super().__init__(block, lambda weight, x, y, bias: None)
         self._on_input = on_input
 
     def _product(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: Operands, weights: list[Weight]
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        operands: Operands,
+        weights: list[Weight],
     ) -> Tensor:
-        x = found.rows(found.x)
+        x = operands.rows(operands.x)
         for i, weight in enumerate(weights):
-            own = x if len(weights) == 1 else x[i]
-            self._on_input(weight, own.reshape(-1, own.shape[-1]))
+            rows = x if len(weights) == 1 else x[i]
+            self._on_input(weight, rows.reshape(-1, rows.shape[-1]))
         y: Tensor = func(*args, **kwargs)
         return y
 
 
 @contextmanager
 def watching_inputs(block: nn.Module, on_input: Callable[[Weight, Tensor], None]) -> Iterator[None]:
-    """While open, `on_input(weight, x)` is called before every product of the block; x is (tokens, in)."""
-    with _Inputs(block, on_input):
+    """Context manager: calls `on_input(weight, x)` before every product of the block; x is (tokens, in)."""
+    with _InputWatcher(block, on_input):
         yield
