@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from ..checkpoint.dequantized_view import quantization_config
-from ..checkpoint.layouts import HOLD_TRANSPOSED, MigrationPolicy, get_layout, kept
+from ..checkpoint.layouts import MigrationPolicy, get_layout, supported_migration
 from ..checkpoint.layouts.base import Layout, packed_bytes
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.safetensors_header import DTYPE_NAMES, TensorInfo
@@ -82,8 +82,8 @@ def inspect(
     if quantization_config(source.checkpoint) is not None:
         return _finished(source)
     wanted = get_scheme(scheme)
-    transposed = format in HOLD_TRANSPOSED
-    return _planned(source, wanted, ignore, transposed, layout, kept(migration_scale, format, wanted))
+    keep = supported_migration(migration_scale, format, wanted)
+    return _planned(source, wanted, ignore, layout.HOLDS_TRANSPOSED, layout, keep)
 
 
 def _with_or_without_weights(model: str | Path, revision: str | None, trust_remote_code: bool) -> Checkpoint:

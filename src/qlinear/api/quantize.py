@@ -25,7 +25,7 @@ from typing import Literal
 
 import torch
 
-from ..checkpoint.layouts import HOLD_TRANSPOSED, MigrationPolicy, get_layout, kept
+from ..checkpoint.layouts import MigrationPolicy, get_layout, supported_migration
 from ..checkpoint.output_dir import require_empty, require_space
 from ..data import Source
 from ..errors import OutputError
@@ -108,7 +108,7 @@ def quantize(
         if max_shard_size < 1:
             raise OutputError(f"max_shard_size must be at least 1 byte; got {max_shard_size}")
         layout = get_layout(format)
-        keep = kept(migration_scale, format, wanted)
+        keep = supported_migration(migration_scale, format, wanted)
         where = as_device(device)
         others = {pattern: get_scheme(each) for pattern, each in (scheme_for or {}).items()}
         algorithm, keep_worst = require_algorithm(algorithm), require_count(keep_worst, wanted)
@@ -121,7 +121,7 @@ def quantize(
         resumes = ranks.is_main and resume and not overwrite and can_resume(out)
         if ranks.is_main and not resumes:
             require_empty(out, overwrite or is_unfinished(out), source.checkpoint.path)
-        chosen = make_plan(source, wanted, ignore, format in HOLD_TRANSPOSED, others)
+        chosen = make_plan(source, wanted, ignore, layout.HOLDS_TRANSPOSED, others)
         recipe = Recipe(
             chosen.schemes, layout, algorithm, smoothing,
             algorithm != "rtn" or refine > 0 if propagate is None else propagate, keep_worst, keep,

@@ -1,4 +1,8 @@
-"""The layouts that can be written and read, by the name of `--format` and by config.json's `quant_method`."""
+"""The on-disk layouts, by the name of `--format`.
+
+A new layout is one file, with the attributes and functions of `base.Layout`, and one line in `LAYOUTS`. Nothing else
+in the code decides by a layout's name.
+"""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -15,31 +19,31 @@ LAYOUTS: dict[str, Layout] = {
     "awq": awq,
     "qlinear": qlinear_layout,
 }
-_QUANT_METHODS = {"smooth_quant": "lmdeploy"}
-# The layouts that have a place for a smoothing vector which stays with its layer, quantized or in float.
-_HOLD_VECTORS = ("qlinear", "lmdeploy")
-_HOLD_FLOAT_VECTORS = ("qlinear",)
 
-# The layouts that have a place for linears which the model stores as (in, out): transformers' Conv1D.
-HOLD_TRANSPOSED = ("qlinear", "lmdeploy")
-
-# Which smoothing vectors stay with their layers: those that nothing can take, all, or none.
+# Which smoothing vectors stay with their layers: those that no producer can take, all, or none.
 MigrationPolicy = Literal["unfolded", "always", "never"]
 
 
-def kept(migration_scale: MigrationPolicy, format: str, scheme: Scheme | None) -> MigrationPolicy:
-    """Which vectors stay with their layers in this layout, which may have no place for them; scheme: None for float.
+def supported_migration(
+    migration_scale: MigrationPolicy, format: str, scheme: Scheme | None
+) -> MigrationPolicy:
+    """The policy for smoothing vectors that a layout can carry out: "never" where it has no place for them.
 
-    Raises SchemeError if all should stay and there is none, or if `migration_scale` is none of its three values.
+    scheme: None where layers stay in float. Raises SchemeError for "always" where there is no place, and for a value
+    that is none of the three.
     """
     if migration_scale not in ("unfolded", "always", "never"):
         raise SchemeError(f"migration_scale must be unfolded, always or never; got {migration_scale!r}")
-    places = _HOLD_FLOAT_VECTORS if scheme is None else _HOLD_VECTORS
-    if migration_scale == "always" and format not in places:
+    supporting = [name for name, layout in LAYOUTS.items() if _has_place(layout, scheme)]
+    if migration_scale == "always" and format not in supporting:
         raise SchemeError(
-            f"migration_scale 'always' needs a format that holds it, {' or '.join(places)}; got {format!r}"
+            f"migration_scale 'always' needs a format that holds it, {' or '.join(supporting)}; got {format!r}"
         )
-    return migration_scale if format in places else "never"
+    return migration_scale if format in supporting else "never"
+
+
+def _has_place(layout: Layout, scheme: Scheme | None) -> bool:
+    return layout.HOLDS_FLOAT_MIGRATION_SCALE if scheme is None else layout.HOLDS_MIGRATION_SCALE
 
 
 def get_layout(name: str) -> Layout:
@@ -50,12 +54,11 @@ def get_layout(name: str) -> Layout:
 
 
 def layout_of(quantization_config: Mapping[str, Any]) -> tuple[str, Layout]:
-    """Name and layout that a `quantization_config` speaks of. Raises CheckpointError for one we cannot read."""
+    """Name and layout of a `quantization_config`, by its `quant_method`. Raises CheckpointError for an unknown one."""
     method = quantization_config.get("quant_method")
-    name = _QUANT_METHODS.get(str(method), str(method))
-    if name not in LAYOUTS:
-        known = ", ".join(LAYOUTS)
-        raise CheckpointError(
-            f"quantization_config has quant_method {method!r}; the layouts of {known} can be read"
-        )
-    return name, LAYOUTS[name]
+    for name, layout in LAYOUTS.items():
+        if method == layout.QUANT_METHOD:
+            return name, layout
+    raise CheckpointError(
+        f"quantization_config has quant_method {method!r}; the layouts of {', '.join(LAYOUTS)} can be read"
+    )

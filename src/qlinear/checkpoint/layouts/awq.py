@@ -1,7 +1,12 @@
-"""The AWQ layout, GEMM version: AutoAWQ's and LMDeploy's, which vLLM reads too. 4-bit weights, float inputs.
+"""The AWQ layout, GEMM version: 4-bit weights, float inputs. AutoAWQ and LMDeploy write it; vLLM reads it too.
 
-Tensors of a linear [N, K] with groups of g: qweight i32 [K, N/8]; qzeros i32 [K/g, N/8]; scales [K/g, N] in the
-model's dtype. Codes and zero points are stored plus 8, so 0 ... 15; a symmetric weight has zero points of 8.
+Tensors of a linear [N, K] with groups of g:
+
+    qweight  i32 [K, N/8]
+    qzeros   i32 [K/g, N/8]
+    scales   [K/g, N], in the model's dtype
+
+Codes and zero points are stored plus 8, so 0 ... 15. A symmetric weight has zero points of 8.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,18 +19,24 @@ from ...errors import CheckpointError, SchemeError
 from ...formats.packing import pack_awq, unpack_awq
 from ...formats.rounding import QuantizedTensor
 from ...formats.scheme import Scheme, TensorFormat
-from .base import QuantizedLinear, Schemes, as_scheme, is_excluded, only_scheme
-from .compressed_tensors import require
+from ..reader import Checkpoint
+from .base import QuantizedLinear, Schemes, as_scheme, is_excluded, only_scheme, require
+
+QUANT_METHOD = "awq"
+SCALE_NAME = "scales"
+HOLDS_MIGRATION_SCALE = False
+HOLDS_FLOAT_MIGRATION_SCALE = False
+HOLDS_TRANSPOSED = False
 
 
 def quantization_config(schemes: Schemes, ignore: Sequence[str]) -> dict[str, Any]:
-    """See `Layout`. All linears have one scheme here; group_size -1 is one group per row."""
+    """See `Layout`. All linears share one scheme. group_size -1 means one group per row."""
     return {
         "quant_method": "awq",
         "version": "gemm",
         "bits": 4,
         "group_size": _require_fit(only_scheme(schemes, "awq")).group_size or -1,
-        # Zero points are in the file even for a symmetric weight: engines read them whatever this says.
+        # The file has zero points even for a symmetric weight: engines read them whatever this value is.
         "zero_point": True,
         "modules_to_not_convert": list(ignore),
     }
@@ -44,6 +55,12 @@ def schemes_from_config(config: Mapping[str, Any], linears: Mapping[str, nn.Modu
     )
     excluded = config.get("modules_to_not_convert") or []
     return {name: as_scheme(weight, None) for name in linears if not is_excluded(name, excluded)}
+
+
+def weight_shape(name: str, checkpoint: Checkpoint) -> tuple[int, int] | None:
+    """See `Layout`. Eight codes share a word along `out`."""
+    info = checkpoint.tensors.get(f"{name}.qweight")
+    return None if info is None else (info.shape[1] * 8, info.shape[0])
 
 
 def pack(name: str, linear: QuantizedLinear) -> dict[str, Tensor]:

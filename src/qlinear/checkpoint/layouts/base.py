@@ -1,8 +1,7 @@
-"""What a layout is: four functions from tensors to tensors and from settings to settings.
+"""What a layout is: the names, dtypes and shapes of a quantized linear's tensors in a file, and its config entry.
 
-A layout says under which names, dtypes and shapes a quantized linear layer lies in a file, and how config.json
-speaks of it. It never touches a code, so going from one layout to another is unpack with the first, pack with
-the second. Each is a module of its own with the functions of `Layout`; `layouts` has them by name.
+A layout never changes a code. To convert from one layout to another, unpack with the first and pack with the second.
+Every layout is a module with the attributes and functions of `Layout`. `layouts/__init__.py` lists them by name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,22 +12,23 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ...errors import SchemeError
+from ...errors import CheckpointError, SchemeError
 from ...formats.rounding import QuantizedTensor
 from ...formats.scheme import SCHEMES, Scheme, TensorFormat
+from ..reader import Checkpoint
 
-# One scheme for every linear, or one for each by name.
+# One scheme for all linears, or a scheme per linear by name.
 Schemes = Scheme | Mapping[str, Scheme]
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedLinear:
-    """What a file holds of a quantized linear layer, whatever the layout; its bias stays as the source has it.
+    """A quantized linear as a file holds it, independent of the layout. Its bias stays as the source has it.
 
     scheme: the formats of weight and input. weight: codes (out, in), scale, zero point.
-    scale_dtype: what the weight's scales are stored in, and were rounded to: see the function of that name.
+    scale_dtype: the dtype in which the weight's scales are stored, and to which they were rounded (`scale_dtype`).
     input_scale, input_zero_point: (1,) float32, for static activations only.
-    migration_scale: (in,) float32, what the input is divided by, where it is not folded.
+    migration_scale: (in,) float32, the divisor of the input, where it is not folded into a producer.
     """
 
     scheme: Scheme
@@ -40,44 +40,66 @@ class QuantizedLinear:
 
 
 class Layout(Protocol):
-    """One on-disk layout. `linears` are modules by the names that the file gives them."""
+    """One on-disk layout; a module. Names are the file's.
+
+    QUANT_METHOD: its name in config.json. SCALE_NAME: the last part of the name of a linear's scales.
+    HOLDS_MIGRATION_SCALE: whether a quantized linear may have a smoothing vector beside it;
+    HOLDS_FLOAT_MIGRATION_SCALE: whether a float one may. HOLDS_TRANSPOSED: whether linears that the model stores as
+    (in, out), transformers' Conv1D, may be quantized.
+    """
+
+    QUANT_METHOD: str
+    SCALE_NAME: str
+    HOLDS_MIGRATION_SCALE: bool
+    HOLDS_FLOAT_MIGRATION_SCALE: bool
+    HOLDS_TRANSPOSED: bool
 
     def quantization_config(self, schemes: Schemes, ignore: Sequence[str]) -> dict[str, Any]:
-        """config.json's `quantization_config` for linears with these schemes, all others named in `ignore`.
+        """config.json's `quantization_config` for linears with these schemes.
 
-        Raises SchemeError for a scheme that the layout cannot hold.
+        ignore: the names of all modules that stay in float. Raises SchemeError for a scheme that cannot be held.
         """
 
     def schemes_from_config(
         self, config: Mapping[str, Any], linears: Mapping[str, nn.Module]
     ) -> dict[str, Scheme]:
-        """The scheme of each linear that a `quantization_config` says is quantized. Raises CheckpointError."""
+        """The scheme of every linear that a `quantization_config` says is quantized.
+
+        linears: the candidates by name. Raises CheckpointError for a config that cannot be read.
+        """
+
+    def weight_shape(self, name: str, checkpoint: Checkpoint) -> tuple[int, ...] | None:
+        """(out, in) of the quantized linear `name`; None where the file lacks its codes."""
 
     def pack(self, name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
-        """The tensors of the linear `name`, by their full names. Raises SchemeError for what it cannot hold."""
+        """The tensors of the linear `name`, by their full names. Raises SchemeError where the layout cannot hold it."""
 
     def unpack(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedLinear:
-        """The linear `name` from tensors by their full names. Raises CheckpointError if one is missing."""
+        """The linear `name`, from tensors by their full names. Raises CheckpointError if one is missing."""
 
 
 def scale_dtype(scheme: Scheme, stored: torch.dtype) -> torch.dtype:
-    """What the scales of a weight of a stored dtype are stored in: engines hold those of 4-bit weights as that."""
+    """The dtype in which a weight's scales are stored.
+
+    Engines hold the scales of 4-bit weights in the weight's own dtype, so they are rounded to it; others are float32.
+    stored: the dtype of the float weight in the source.
+    """
     return stored if scheme.weight.bits == 4 else torch.float32
 
 
 def packed_bytes(
     layout: Layout, scheme: Scheme, shape: Sequence[int], stored: torch.dtype, keeps_vector: bool = False
 ) -> int:
-    """What a weight (out, in), or all of a stack (experts, out, in), will take in a file; nothing is computed for it.
+    """Bytes in the file of a quantized weight (out, in), or of a whole stack (experts, out, in).
 
-    stored: the dtype of the float weight. keeps_vector: with a migration scale. Raises
-    SchemeError where the layout cannot hold the scheme.
+    Computed by packing tensors on meta, so it is exact and costs no memory. stored: the dtype of the float weight.
+    keeps_vector: whether a migration scale is stored with it. Raises SchemeError for a scheme that cannot be held.
     """
     fmt, activation, meta = scheme.weight, scheme.activation, torch.device("meta")
     matrix = tuple(shape[-2:])
     scale, one = torch.empty(fmt.scale_shape(matrix), device=meta), torch.empty(1, device=meta)
     codes = torch.empty(matrix, dtype=fmt.storage, device=meta)
-    held = QuantizedLinear(
+    linear = QuantizedLinear(
         scheme,
         QuantizedTensor(codes, scale, None if fmt.symmetric else scale, fmt),
         scale_dtype(scheme, stored),
@@ -85,11 +107,11 @@ def packed_bytes(
         input_zero_point=one if scheme.is_static and activation and not activation.symmetric else None,
         migration_scale=torch.empty(matrix[-1], device=meta) if keeps_vector else None,
     )
-    return prod(shape[:-2]) * sum(tensor.nbytes for tensor in layout.pack("", held).values())
+    return prod(shape[:-2]) * sum(tensor.nbytes for tensor in layout.pack("", linear).values())
 
 
 def as_scheme(weight: TensorFormat, activation: TensorFormat | None) -> Scheme:
-    """The preset with these formats, or a scheme named after them."""
+    """The preset with these formats; a scheme named after its bits where there is none."""
     for preset in SCHEMES.values():
         if (preset.weight, preset.activation) == (weight, activation):
             return preset
@@ -98,7 +120,7 @@ def as_scheme(weight: TensorFormat, activation: TensorFormat | None) -> Scheme:
 
 
 def only_scheme(schemes: Schemes, layout: str) -> Scheme:
-    """The one scheme of all linears. Raises SchemeError if there are several, for a layout that holds one."""
+    """The scheme that all linears share. Raises SchemeError if there are several: the layout holds only one."""
     distinct = {schemes} if isinstance(schemes, Scheme) else set(schemes.values())
     if len(distinct) != 1:
         names = ", ".join(sorted(scheme.name for scheme in distinct)) or "none"
@@ -109,5 +131,19 @@ def only_scheme(schemes: Schemes, layout: str) -> Scheme:
 
 
 def is_excluded(name: str, modules_to_not_convert: Sequence[str]) -> bool:
-    """Whether a linear, or a module around it, is named there, in full or by parts such as `lm_head`."""
+    """Whether the list names a linear or a module that contains it, in full or in part, such as `lm_head`."""
     return any(f".{part}." in f".{name}." for part in modules_to_not_convert)
+
+
+def require(name: str, leaf: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The tensor `name.leaf`. Raises CheckpointError where there is none."""
+    full = f"{name}.{leaf}"
+    if full not in tensors:
+        raise CheckpointError(f"{full} is missing, though config.json says that {name} is quantized")
+    return tensors[full]
+
+
+def plain_shape(name: str, checkpoint: Checkpoint) -> tuple[int, ...] | None:
+    """The shape of codes that are stored unpacked, as `name.weight`; None where there are none."""
+    info = checkpoint.tensors.get(f"{name}.weight")
+    return None if info is None else info.shape

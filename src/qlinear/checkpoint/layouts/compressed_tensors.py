@@ -7,7 +7,7 @@
     float-quantized   fp8                        weight e4m3 [N,K]; weight_scale
     static inputs     any of them                + input_scale [1]; input_zero_point i8 [1] if asymmetric
 
-Scales have `TensorFormat.scale_shape`. There is no place for a migration scale.
+Scales have the shape `TensorFormat.scale_shape`. The layout has no place for a migration scale.
 """
 
 import re
@@ -21,15 +21,22 @@ from ...errors import CheckpointError, SchemeError
 from ...formats.packing import pack_words, unpack_words
 from ...formats.rounding import QuantizedTensor
 from ...formats.scheme import DType, Scheme, TensorFormat
-from .base import QuantizedLinear, Schemes, as_scheme
+from ..reader import Checkpoint
+from .base import QuantizedLinear, Schemes, as_scheme, plain_shape, require
+
+QUANT_METHOD = "compressed-tensors"
+SCALE_NAME = "weight_scale"
+HOLDS_MIGRATION_SCALE = False
+HOLDS_FLOAT_MIGRATION_SCALE = False
+HOLDS_TRANSPOSED = False
 
 _KNOWN_ARGS = {"num_bits", "type", "strategy", "symmetric", "dynamic", "group_size", "block_structure"}
-# What may stand in a config besides, and says nothing about how codes are read.
+# Arguments that do not change how codes are read.
 _HARMLESS_ARGS = {"observer", "observer_kwargs", "actorder", "scale_dtype", "zp_dtype", "is_mx"}
 
 
 def quantization_config(schemes: Schemes, ignore: Sequence[str]) -> dict[str, Any]:
-    """See `Layout`. One scheme targets every Linear that is not ignored; several target modules by name."""
+    """See `Layout`. A single scheme targets every Linear that is not ignored; several target modules by name."""
     groups: dict[Scheme, list[str]] = {schemes: []} if isinstance(schemes, Scheme) else {}
     for name, scheme in schemes.items() if isinstance(schemes, Mapping) else ():
         groups.setdefault(scheme, []).append(name)
@@ -53,18 +60,25 @@ def quantization_config(schemes: Schemes, ignore: Sequence[str]) -> dict[str, An
 
 
 def schemes_from_config(config: Mapping[str, Any], linears: Mapping[str, nn.Module]) -> dict[str, Scheme]:
-    """See `Layout`. An exact name in `targets` goes before a pattern, and a pattern before a class."""
+    """See `Layout`. In `targets`, a name has precedence over a pattern, and a pattern over a class."""
     groups = [
         (group["targets"], _from_group(group)) for group in dict(config.get("config_groups", {})).values()
     ]
     ignored = config.get("ignore") or []
-    found = {}
+    schemes = {}
     for name, module in linears.items():
         ranks = [(_rank(name, module, targets), scheme) for targets, scheme in groups]
         rank, scheme = min(ranks, key=lambda pair: pair[0], default=(_NO_MATCH, None))
         if scheme is not None and rank < _NO_MATCH and _rank(name, module, ignored) == _NO_MATCH:
-            found[name] = scheme
-    return found
+            schemes[name] = scheme
+    return schemes
+
+
+def weight_shape(name: str, checkpoint: Checkpoint) -> tuple[int, ...] | None:
+    """See `Layout`. Packed codes have their shape in a tensor of its own."""
+    if f"{name}.weight_packed" in checkpoint.tensors:
+        return tuple(checkpoint.read(f"{name}.weight_shape").tolist())
+    return plain_shape(name, checkpoint)
 
 
 def pack(name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
@@ -96,7 +110,7 @@ def unpack(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantize
     """See `Layout`; the table at the top."""
     scale = require(name, "weight_scale", tensors)
     zero = None if scheme.weight.symmetric else require(name, "weight_zero_point", tensors)
-    # Others leave 4-bit codes that meet int8 inputs unpacked, one to a byte.
+    # Other tools leave 4-bit codes unpacked, one per byte, where inputs are int8.
     if _format(scheme) == "pack-quantized" and f"{name}.weight" not in tensors:
         rows, columns = require(name, "weight_shape", tensors).tolist()
         codes = unpack_words(require(name, "weight_packed", tensors), scheme.weight.bits, columns)
@@ -121,16 +135,8 @@ def unpack(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantize
     )
 
 
-def require(name: str, leaf: str, tensors: Mapping[str, Tensor]) -> Tensor:
-    """The tensor `name.leaf`. Raises CheckpointError where there is none."""
-    full = f"{name}.{leaf}"
-    if full not in tensors:
-        raise CheckpointError(f"{full} is missing, though config.json says that {name} is quantized")
-    return tensors[full]
-
-
 def _format(scheme: Scheme) -> str:
-    """The name of the way in which a scheme's weights lie in the file."""
+    """compressed-tensors' name for how a scheme's weights are stored."""
     if scheme.weight.is_float:
         return "float-quantized"
     if scheme.weight.dtype == "uint8":
@@ -201,7 +207,7 @@ _NO_MATCH = 3
 
 
 def _rank(name: str, module: nn.Module, targets: Iterable[str]) -> int:
-    """How a linear is matched: 0 by its name, 1 by a pattern (from its start), 2 by a class, 3 not at all."""
+    """How `targets` match a linear: 0 by its name, 1 by a pattern (from the start), 2 by a class, 3 not at all."""
     targets = list(targets)
     if name in targets:
         return 0

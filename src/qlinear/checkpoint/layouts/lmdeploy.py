@@ -1,7 +1,10 @@
-"""LMDeploy's `smooth_quant` layout: W8A8, int8 or fp8, one scale per output channel and one per token.
+"""LMDeploy's `smooth_quant` layout: W8A8 in int8 or fp8, one scale per output channel and one per token.
 
-Tensors of a linear [N, K]: weight i8 or e4m3 [N,K]; scale float32 [N,1]; where the smoothing is not folded,
-migration_scale float32 [K], for the runtime that divides its inputs by it.
+Tensors of a linear [N, K]:
+
+    weight           i8 or e4m3 [N,K]
+    scale            float32 [N,1]
+    migration_scale  float32 [K], only where the smoothing is not folded: the runtime divides the input by it
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,12 +16,18 @@ from torch import Tensor, nn
 from ...errors import CheckpointError, SchemeError
 from ...formats.rounding import QuantizedTensor
 from ...formats.scheme import Scheme, TensorFormat
-from .base import QuantizedLinear, Schemes, as_scheme, is_excluded, only_scheme
-from .compressed_tensors import require
+from ..reader import Checkpoint
+from .base import QuantizedLinear, Schemes, as_scheme, is_excluded, only_scheme, plain_shape, require
+
+QUANT_METHOD = "smooth_quant"
+SCALE_NAME = "scale"
+HOLDS_MIGRATION_SCALE = True
+HOLDS_FLOAT_MIGRATION_SCALE = False
+HOLDS_TRANSPOSED = True
 
 
 def quantization_config(schemes: Schemes, ignore: Sequence[str]) -> dict[str, Any]:
-    """See `Layout`. All linears have one scheme here."""
+    """See `Layout`. All linears share one scheme."""
     dtype = _dtype(only_scheme(schemes, "lmdeploy"))
     return {"quant_method": "smooth_quant", "quant_dtype": dtype, "modules_to_not_convert": list(ignore)}
 
@@ -32,6 +41,11 @@ def schemes_from_config(config: Mapping[str, Any], linears: Mapping[str, nn.Modu
         )
     excluded = config.get("modules_to_not_convert") or []
     return {name: _scheme(dtype) for name in linears if not is_excluded(name, excluded)}
+
+
+def weight_shape(name: str, checkpoint: Checkpoint) -> tuple[int, ...] | None:
+    """See `Layout`."""
+    return plain_shape(name, checkpoint)
 
 
 def pack(name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
@@ -58,8 +72,8 @@ def _scheme(dtype: str) -> Scheme:
 def _dtype(scheme: Scheme) -> str:
     """The dtype of a scheme's codes. Raises SchemeError unless the layout can hold it."""
     for dtype in ("int8", "float8_e4m3fn"):
-        held = _scheme(dtype)
-        if (scheme.weight, scheme.activation) == (held.weight, held.activation):
+        supported = _scheme(dtype)
+        if (scheme.weight, scheme.activation) == (supported.weight, supported.activation):
             return dtype
     raise SchemeError(
         f"scheme {scheme.name} does not fit the lmdeploy layout, which holds w8a8 and fp8 with dynamic "
