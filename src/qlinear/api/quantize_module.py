@@ -8,7 +8,6 @@ with that of the linear layer it would be. What multiplies and is no such layer 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from ..algorithms.smoothquant import smoothing_scale, weight_statistic
 from ..calibration.stats import InputStats, StatsCollector
 from ..errors import SchemeError, StructureError
+from ..formats.name_patterns import matches_any
 from ..formats.scheme import Scheme, get_scheme
 from ..nn import QLinear
 from ..nn.encoder_fast_path import leave_fast_paths
@@ -71,7 +71,7 @@ def quantize_(
     """
     scheme = get_scheme(scheme)
     seen = _run(module, _calls(example_inputs)) if example_inputs is not None else _Seen()
-    layers = {name: linear for name, linear in _linears(module, seen) if not _matches(name, ignore)}
+    layers = {name: linear for name, linear in _linears(module, seen) if not matches_any(ignore, name)}
     _check(layers, scheme, example_inputs is not None, smooth)
     weights = {name: _weight_of(seen, name) for name in layers}
     stats = {
@@ -218,10 +218,6 @@ def _same(linear: nn.Linear, x: Tensor, output: Tensor) -> bool:
     bias = None if linear.bias is None else linear.bias.double()
     y = F.linear(x.double(), linear.weight.double(), bias)
     return bool((y - output.double()).norm() <= 8 * torch.finfo(output.dtype).eps * y.norm())
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def _check(layers: Mapping[str, nn.Linear], scheme: Scheme, examples: bool, smooth: float | None) -> None:

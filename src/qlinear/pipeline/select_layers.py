@@ -1,15 +1,14 @@
 """Which linears are quantized, and how large the result will be: decided before the first weight is read."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from math import prod
 
 import torch
 from torch import nn
 
 from ..errors import SchemeError
+from ..formats.name_patterns import matches
 from ..formats.scheme import Scheme
 from ..runtime.device import CPU
 from ..streaming.streamed_model import StreamedModel, compute_dtype, transposed_linears
@@ -233,16 +232,6 @@ def text_blocks(source: StreamedModel) -> list[str]:
     decoder = source.model.get_decoder()  # type: ignore[no-untyped-call]
     inside = {id(module) for module in decoder.modules()} if isinstance(decoder, nn.Module) else set()
     return [name for name, block in source.blocks.items() if id(block) in inside] or list(source.blocks)
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Whether a name, glob, or `re:` pattern (from the start, as in compressed-tensors) means this module."""
-    if pattern.startswith("re:"):
-        try:
-            return re.match(pattern[3:], name) is not None
-        except re.error as error:
-            raise SchemeError(f"{pattern!r} is no regular expression: {error}") from None
-    return name == pattern or fnmatchcase(name, pattern)
 
 
 def unused_modules(source: StreamedModel) -> tuple[str, ...]:
