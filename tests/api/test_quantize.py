@@ -10,6 +10,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -282,14 +283,41 @@ def test_other_files_come_along_and_other_weights_do_not(source: Path, tmp_path:
     assert set(written) == {*COPIED, "config.json", "README.md", "qlinear.json", "model.safetensors"}
 
 
+CARD = """---
+license: other
+license_name: base-license
+license_link: https://example.org/license
+language:
+- en
+- de
+tags:
+- chat
+---
+# The base
+"""
+
+
+def test_the_card_keeps_the_licence_and_every_language(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "base")
+    (folder / "README.md").write_text(CARD)
+    qlinear.quantize(folder, tmp_path / "out", smooth="off")
+    data = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert data.language == ["en", "de"]
+    assert (data.license, data.license_name) == ("other", "base-license")
+    assert data.license_link == "https://example.org/license"
+    assert data.tags == ["quantized", "qlinear"]
+
+
 def test_the_card_and_the_note_say_how_it_was_made(source: Path, tmp_path: Path) -> None:
     folder = save_model(tmp_path / "Base-1B")
     (folder / "README.md").write_text("---\nlicense: mit\nlicense_name: x: y\n---\n# The base\n")
     result = qlinear.quantize(folder, tmp_path / "out", smooth=0.7, seed=3, **QUICK)
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert card.startswith('---\nbase_model: "Base-1B"\nbase_model_relation: quantized\n')
-    assert "\nlicense: mit\n" in card.split("---")[1]
-    assert "# Base-1B, w8a8" in card
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.base_model == "Base-1B"
+    assert card.data.base_model_relation == "quantized"
+    # The source's card is no YAML, as `x: y` is not quoted there: its other lines still count.
+    assert card.data.license == "mit"
+    assert "# Base-1B, w8a8" in card.text
     note = json.loads((tmp_path / "out" / "qlinear.json").read_text())
     assert (
         note["settings"].items()

@@ -1,23 +1,21 @@
-"""From one layout to another: every quantized linear is unpacked with the one and packed with the other.
+"""`qlinear convert`: from one layout on disk to another.
 
-No code is touched, and one linear is in memory at a time.
+Each quantized linear is unpacked with the source's layout and packed with the other; its codes stay as they are. One
+linear is in memory at a time. The folder is completed as a job's is, by `pipeline/output/finalize.py`.
 """
 
 import json
-import shutil
-import zlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.checksums import file_checksums
 from ..checkpoint.dequantized_view import DequantizedView, quantization_config
 from ..checkpoint.layouts import get_layout
 from ..checkpoint.layouts.base import Layout
-from ..checkpoint.output_dir import clear, require_empty, require_space, write_atomically
+from ..checkpoint.output_dir import clear, require_empty, require_space
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import ShardWriter
 from ..errors import CheckpointError, SchemeError
+from ..pipeline.output.finalize import complete, result_config
 from ..streaming.open_model import open_checkpoint
 
 
@@ -33,8 +31,9 @@ def convert(
     """Write a quantized checkpoint in another layout, without calibration; returns the folder.
 
     model: a quantized checkpoint's folder or Hub id. out: the folder to make. format: "compressed-tensors", "lmdeploy",
-    "awq" or "qlinear". Raises QLinearError, before anything is written, if the model is not quantized or the layout
-    cannot hold what it has.
+    "awq" or "qlinear". max_shard_size: bytes of one shard. overwrite: whether to replace the checkpoint in `out`.
+    revision: branch, tag or commit of a Hub id. Raises QLinearError, before anything is written, where the model is
+    not quantized or the layout has no place for what it holds.
     """
     layout, out, source = get_layout(format), Path(out), open_checkpoint(model, revision)
     view = DequantizedView.of(source)
@@ -49,7 +48,8 @@ def convert(
     clear(out)
     writer = ShardWriter(out, max_shard_size)
     _write(view, layout, writer)
-    _finish(source, out, config, writer.checksums)
+    result = result_config(source.config, config, untied=False)
+    complete(out, source, result, _note(source), writer.checksums, _card(source))
     return out
 
 
@@ -60,7 +60,7 @@ def _ignored(source: Checkpoint) -> list[str]:
 
 
 def _require_place(view: DequantizedView, layout: Layout, format: str) -> None:
-    """Raise SchemeError if a linear keeps a vector that the layout would lose: packing one such linear tells."""
+    """Raise SchemeError if the layout would lose a migration scale. Packing the first linear that has one tells."""
     for module in view.schemes:
         if f"{module}.migration_scale" in view.stored.tensors:
             layout.pack(module, view.linear(module))
@@ -82,18 +82,13 @@ def _write(view: DequantizedView, layout: Layout, writer: ShardWriter) -> None:
     writer.finish()
 
 
-def _finish(source: Checkpoint, out: Path, config: dict[str, Any], checksums: Mapping[str, str]) -> None:
-    """Every other file as it was, `qlinear.json` with the new checksums, config.json last."""
-    for file in [*source.other_files(), Path("README.md")]:
-        if (source.path / file).is_file():
-            (out / file).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source.path / file, out / file)
-    text = json.dumps(source.config | {"quantization_config": config}, indent=2, ensure_ascii=False) + "\n"
-    files = file_checksums(out, [str(file) for file in source.other_files()])
-    files["config.json"] = f"{zlib.crc32(text.encode()):08x}"
-    made_by = source.path / "qlinear.json"
-    note = json.loads(made_by.read_text()) if made_by.is_file() else {}
-    note["checksums"] = {"tensors": dict(checksums), "files": files}
-    note_text = json.dumps(note, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(out / "qlinear.json", note_text.encode())
-    write_atomically(out / "config.json", text.encode())
+def _note(source: Checkpoint) -> dict[str, Any]:
+    """What the source's `qlinear.json` says; nothing where another tool made it."""
+    file = source.path / "qlinear.json"
+    return dict(json.loads(file.read_text())) if file.is_file() else {}
+
+
+def _card(source: Checkpoint) -> str | None:
+    """The source's model card, which holds for the result too."""
+    file = source.path / "README.md"
+    return file.read_text() if file.is_file() else None

@@ -9,9 +9,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ...checkpoint.checksums import file_checksums
 from ...checkpoint.output_dir import write_atomically, writing_to
+from ...checkpoint.reader import Checkpoint
 from ...streaming.streamed_model import StreamedModel
+
+# Keys of a model card that hold for its quantized copy too.
+_INHERITED = ("license", "license_name", "license_link", "language")
 
 
 def finish(
@@ -22,29 +28,48 @@ def finish(
     record: Mapping[str, Any],
     checksums: Mapping[str, str],
 ) -> None:
-    """Copy what is not weights from the source, and write the card, `qlinear.json` and, last, config.json.
+    """Make the folder of a job's shards a checkpoint.
 
-    checksums: of the tensors; those of the other files are added to them.
+    source: the float model. untied: whether the output head left the embedding that it shared. record: the settings
+    and the layers' figures, for `qlinear.json`. checksums: CRC-32 by tensor, from the writer. Raises OutputError.
     """
     checkpoint = source.checkpoint
-    for file in checkpoint.other_files():
-        target = folder / file
-        with writing_to(target):
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(checkpoint.path / file, target)
     made_from = {
         "name": source.name,
         "total_size": checkpoint.nbytes,
         "fingerprint": checkpoint.fingerprint(),
     }
-    config = _json(result_config(checkpoint.config, quantization_config, untied))
-    files = file_checksums(folder, [str(file) for file in checkpoint.other_files()])
-    files["config.json"] = f"{zlib.crc32(config):08x}"
+    config = result_config(checkpoint.config, quantization_config, untied)
+    note = dict(record) | {"source": made_from, "versions": versions()}
+    complete(folder, checkpoint, config, note, checksums, model_card(source, record))
+
+
+def complete(
+    folder: Path,
+    source: Checkpoint,
+    config: Mapping[str, Any],
+    note: Mapping[str, Any],
+    checksums: Mapping[str, str],
+    card: str | None,
+) -> None:
+    """Copy the source's other files; write the model card, `qlinear.json` and, last, config.json.
+
+    A folder with a config.json is therefore whole. note: what `qlinear.json` says; the checksums are added to it.
+    card: the text of README.md, or None for no card. Raises OutputError where the disk refuses a file.
+    """
+    others = source.other_files()
+    for file in others:
+        with writing_to(folder / file):
+            (folder / file).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source.path / file, folder / file)
+    config_bytes = _json(config)
+    files = file_checksums(folder, [str(file) for file in others])
+    files["config.json"] = f"{zlib.crc32(config_bytes):08x}"
     sums = {"tensors": dict(checksums), "files": files}
-    note = dict(record) | {"source": made_from, "versions": versions(), "checksums": sums}
-    write_atomically(folder / "README.md", model_card(source, record).encode())
-    write_atomically(folder / "qlinear.json", _json(note))
-    write_atomically(folder / "config.json", config)
+    if card is not None:
+        write_atomically(folder / "README.md", card.encode())
+    write_atomically(folder / "qlinear.json", _json(dict(note) | {"checksums": sums}))
+    write_atomically(folder / "config.json", config_bytes)
 
 
 def result_config(
@@ -68,36 +93,41 @@ def versions() -> dict[str, str]:
 
 
 def model_card(source: StreamedModel, record: Mapping[str, Any]) -> str:
-    """README.md: the base model and its licence, and what was done to it."""
-    head = _front_matter(source.checkpoint.path / "README.md")
-    base = source.checkpoint.config.get("_name_or_path") or source.name
-    lines = [
-        "---",
-        f"base_model: {json.dumps(base)}",
-        "base_model_relation: quantized",
-        "tags: [quantized, qlinear]",
-    ]
-    lines += [
-        f"{key}: {head[key]}"
-        for key in ("license", "license_name", "license_link", "language")
-        if key in head
-    ]
-    settings = "\n".join(f"- {key}: {value}" for key, value in record["settings"].items())
-    title = f"# {Path(base).name}, {record['settings']['scheme']}"
+    """The text of README.md: base model, licence and languages for the Hub to read, and the job's settings."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    base, settings = source.checkpoint.config.get("_name_or_path") or source.name, record["settings"]
+    data = ModelCardData(
+        base_model=base,
+        base_model_relation="quantized",
+        tags=["quantized", "qlinear"],
+        **_inherited(source.checkpoint.path / "README.md"),
+    )
     made = f"{base}, quantized with qlinear {version('qlinear')}."
-    return "\n".join([*lines, "---", "", title, "", made, "", settings, ""])
+    rows = "\n".join(f"- {key}: {value}" for key, value in settings.items())
+    title = f"# {Path(base).name}, {settings['scheme']}"
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{title}\n\n{made}\n\n{rows}\n"))
 
 
-def _front_matter(card: Path) -> dict[str, str]:
-    """The plain `key: value` lines at the head of a model card."""
+def _inherited(card: Path) -> dict[str, Any]:
+    """What a source's card says that holds for the result too."""
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
     if not card.is_file():
         return {}
-    text = card.read_text(errors="replace")
-    if not text.startswith("---"):
-        return {}
-    lines = text.split("---", 2)[1].splitlines()
-    pairs = (line.split(":", 1) for line in lines if ":" in line and not line.startswith((" ", "-")))
-    return {key.strip(): value.strip() for key, value in pairs if value.strip()}
+    head = REGEX_YAML_BLOCK.search(card.read_text(encoding="utf-8-sig", errors="replace"))
+    metadata = _mapping(head[2]) if head else {}
+    return {key: metadata[key] for key in _INHERITED if key in metadata}
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    """The mapping that a YAML text is. Of a damaged one its sound lines: a licence must not get lost."""
+    try:
+        metadata = yaml.safe_load(text)
+    except yaml.YAMLError:
+        lines = text.splitlines()
+        return {k: v for line in lines for k, v in _mapping(line).items()} if len(lines) > 1 else {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def _json(value: Any) -> bytes:
