@@ -12,7 +12,7 @@ import qlinear
 from qlinear.algorithms.parts.static_range import SHARES
 from qlinear.api.calibrate import gather_statistics, write_statistics
 from qlinear.calibration.collect import calibrate
-from qlinear.calibration.stats_file import FORMS, CalibrationStats, load_statistics
+from qlinear.calibration.stats_file import STATISTICS, CalibrationStats, load_statistics
 from qlinear.errors import CheckpointError, NumericsError, QLinearError
 from qlinear.streaming.open_model import open_model
 from qlinear.tracing.proof import run_in_float32
@@ -62,8 +62,8 @@ def test_they_are_those_of_their_definitions_over_all_tokens(architecture: str, 
             "absmax": x.abs().amax(0), "absmean": x.abs().mean(0), "mean": x.mean(0),
             "min": x.amin(0), "max": x.amax(0),
         }  # fmt: skip
-        for form, value in wanted.items():
-            torch.testing.assert_close(getattr(stats, form).double(), value, rtol=1e-3, atol=1e-4)
+        for statistic, value in wanted.items():
+            torch.testing.assert_close(getattr(stats, statistic).double(), value, rtol=1e-3, atol=1e-4)
 
 
 def test_what_reads_one_tensor_is_held_once(tmp_path: Path) -> None:
@@ -99,8 +99,8 @@ def test_a_block_gets_from_the_file_what_calibration_would_give_it(
             assert shared == {(a, b) for a in given for b in given if given[a] is given[b]}
             for weight, stats in expected.items():
                 assert given[weight].sample.shape == (0, len(stats.absmax))
-                for form in FORMS:
-                    torch.testing.assert_close(getattr(given[weight], form), getattr(stats, form))
+                for statistic in STATISTICS:
+                    torch.testing.assert_close(getattr(given[weight], statistic), getattr(stats, statistic))
 
 
 def test_experts_that_saw_no_token_are_named(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Work shared over the cores of this process: in order, not too far ahead, and over when nobody takes it."""
+"""Threads over the cores: results in order, few items started ahead, none after the consumer stops."""
 
 import threading
 from collections.abc import Iterator
@@ -18,25 +18,25 @@ def three_cores() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("three_cores")
-def test_results_come_in_order_each_from_a_thread_whose_operations_stay_with_it() -> None:
+def test_results_come_in_order_from_single_threaded_workers() -> None:
     with one_thread_per_core() as cores:
-        made = list(cores.map(lambda i: (i, torch.get_num_threads()), range(20)))
-    assert made == [(i, 1) for i in range(20)]
+        results = list(cores.map(lambda i: (i, torch.get_num_threads()), range(20)))
+    assert results == [(i, 1) for i in range(20)]
     assert torch.get_num_threads() == 3
 
 
 @pytest.mark.usefixtures("three_cores")
-def test_no_more_is_begun_than_one_beyond_the_cores() -> None:
-    begun: list[int] = []
+def test_at_most_one_more_item_than_cores_is_started() -> None:
+    started: list[int] = []
     with one_thread_per_core() as cores:
-        results = cores.map(begun.append, range(20))
+        results = cores.map(started.append, range(20))
         next(results)
-        assert len(begun) <= 4
+        assert len(started) <= 4
         results.close()  # type: ignore[attr-defined]
-    assert len(begun) <= 4
+    assert len(started) <= 4
 
 
-def test_what_goes_wrong_in_a_thread_is_raised_here_and_no_work_is_left() -> None:
+def test_an_error_in_a_thread_is_raised_and_the_pool_stays_usable() -> None:
     finished = threading.Event()
 
     def work(i: int) -> int:
@@ -53,7 +53,7 @@ def test_what_goes_wrong_in_a_thread_is_raised_here_and_no_work_is_left() -> Non
 
 
 @pytest.mark.usefixtures("three_cores")
-def test_cores_are_parted_for_work_on_the_cpu_alone() -> None:
+def test_threads_are_used_on_the_cpu_only() -> None:
     for device, count in (("cpu", 3), ("cuda", 1)):
         with on_each_core_or_here(torch.device(device)) as cores:
             assert cores.count == count
@@ -62,9 +62,9 @@ def test_cores_are_parted_for_work_on_the_cpu_alone() -> None:
 
 
 @pytest.mark.usefixtures("three_cores")
-def test_fewer_threads_than_cores_have_several_each() -> None:
-    for most, threads in ((0, 3), (1, 3), (2, 1), (3, 1), (9, 1)):
-        with on_each_core_or_here(torch.device("cpu"), most) as cores:
-            assert cores.count == max(1, min(most, 3))
+def test_fewer_threads_share_the_cores() -> None:
+    for max_threads, threads in ((0, 3), (1, 3), (2, 1), (3, 1), (9, 1)):
+        with on_each_core_or_here(torch.device("cpu"), max_threads) as cores:
+            assert cores.count == max(1, min(max_threads, 3))
             assert list(cores.map(lambda _: torch.get_num_threads(), range(4))) == [threads] * 4
         assert torch.get_num_threads() == 3

@@ -17,7 +17,7 @@ from qlinear.api.generate import generate
 from qlinear.checkpoint.reader import Checkpoint
 from qlinear.errors import DeviceError, SourceLostError
 from qlinear.runtime import device as devices
-from qlinear.runtime.device import CPU, Lift, as_device, moved
+from qlinear.runtime.device import CPU, Uploader, as_device, moved
 from qlinear.streaming import streamed_model as streamed
 from qlinear.streaming.meta_model import build_meta_model
 from qlinear.streaming.streamed_model import StreamedModel
@@ -58,7 +58,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
     """The pretended device takes the place of CUDA."""
     backend = with_pretend_device()
-    monkeypatch.setattr(devices, "KIND", NAME)
+    monkeypatch.setattr(devices, "GPU", NAME)
     monkeypatch.setattr(devices, "_pinned", lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
     # So small that every tensor takes several turns.
     monkeypatch.setattr(devices, "_CHUNK", 1 << 10)
@@ -217,17 +217,17 @@ def test_bytes_that_cannot_be_read_are_named_when_their_block_is_due(
 
 def test_a_lift_converts_and_uses_a_buffer_again_when_it_is_free(backend: Backend) -> None:
     device = as_device(THERE)
-    lift, source = Lift(device), torch.randn(9000)
+    uploader, source = Uploader(device), torch.randn(9000)
     out = torch.empty(9000, dtype=torch.bfloat16, device=device)
 
     def fill(memory: memoryview, before: int) -> None:
         memory[:] = source.view(torch.uint8).numpy().data[before : before + len(memory)]
 
-    with lift.moving():
-        lift.upload(fill, source.nbytes, torch.float32, out)
+    with uploader.uploading():
+        uploader.upload(fill, source.nbytes, torch.float32, out)
         assert isinstance(out, Pretend)
         assert bool(out.raw.isnan().any())  # not all of it has arrived: nobody has waited
-    lift.hand_over([out])
+    uploader.hand_over([out])
     assert torch.equal(out.cpu(), source.bfloat16())
     assert out.lent
 

@@ -101,7 +101,7 @@ def gptq(
 
     parts: dict[str, list[tuple[QuantizedTensor, int]]] = {name: [] for name in group.weights}
     tall = sum(len(weight) for weight in group.weights.values()) // _TALL
-    with on_each_core_or_here(hessian.device, most=tall) as cores:
+    with on_each_core_or_here(hessian.device, max_threads=tall) as cores:
         stacks = list(_stacks(group.weights, group.scheme.weight, cores.count))
         for stack, (found, kept) in zip(stacks, cores.map(rounded, stacks), strict=True):
             start = 0

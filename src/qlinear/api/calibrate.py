@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..calibration.collect import calibrate
 from ..calibration.stats import InputStats
-from ..calibration.stats_file import CalibrationStats, input_name, merged, require_writable, save_statistics
+from ..calibration.stats_file import CalibrationStats, combine, input_name, require_writable, save_statistics
 from ..data import Source
 from ..runtime.device import CPU, as_device, moved
 from ..runtime.distributed import Ranks
@@ -132,5 +132,5 @@ def _add(inputs: dict[str, InputStats], stats: Mapping[str, InputStats]) -> None
     joined: dict[int, InputStats] = {}
     for name, new in stats.items():
         if id(new) not in joined:
-            joined[id(new)] = merged(inputs[name], new) if name in inputs else new
+            joined[id(new)] = combine(inputs[name], new) if name in inputs else new
         inputs[name] = joined[id(new)]

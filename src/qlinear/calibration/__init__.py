@@ -1,1 +1,1 @@
-"""Statistics of what weights read, gathered while the calibration set passes."""
+"""Statistics of the inputs of weights: `stats` defines them, `collect` gathers them, `stats_file` stores them."""

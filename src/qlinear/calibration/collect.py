@@ -1,4 +1,9 @@
-"""Running a block over the calibration set once, and what is remembered of the inputs of its weights."""
+"""Runs a block once over the calibration set and collects the statistics of its weights' inputs.
+
+Every lane, a micro-batch of the calibration set, runs through the block. Weights that read the same
+tensor share one collector. With several ranks, each rank runs its own lanes, and all ranks get the statistics of the
+whole set.
+"""
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,14 +16,14 @@ from ..runtime.distributed import Ranks
 from ..streaming.lanes import Lane
 from ..tracing.experiment import Trace
 from ..tracing.trace import Weight, watching_inputs
-from .stats import Gathered, InputStats, StatsCollector
+from .stats import InputStats, RankStats, StatsCollector
 
 SAMPLE_TOKENS = 512
-_ALONE = Ranks()
+_ONE_RANK = Ranks()
 
 
-class _Enough(BaseException):
-    """All has been seen that was to be seen of a block; not an Exception, so that no model swallows it."""
+class _LastInputSeen(BaseException):
+    """Ends a block's run after the last input of interest. Not an Exception, so that no model catches it."""
 
 
 def calibrate(
@@ -29,67 +34,101 @@ def calibrate(
     *,
     needs_hessian_of: Callable[[Weight], bool] = lambda weight: False,
     advance: bool = True,
-    ranks: Ranks = _ALONE,
+    ranks: Ranks = _ONE_RANK,
 ) -> dict[Weight, InputStats]:
-    """Run `block` on what `lanes` wait with, and gather the statistics of every weight's input on the way.
+    """Run `block` on every lane, and return the statistics of every weight's input.
 
-    trace: a run of the block, which tells which weights read the very same tensor: those are measured once, and
-    share one `InputStats`. prefix: the block's name, for messages. second_moments: which weights' are asked for.
-    advance: whether the lanes go on with what came out; otherwise they stay where they are. ranks: those that have the
-    other lanes of the calibration set; all get the statistics of the whole. A weight that saw no token is left out.
+    trace: a run of the block; weights that read the same tensor in it are measured once and share one `InputStats`.
+    prefix: the block's name, for messages. needs_hessian_of: whether a weight needs the Hessian. advance: whether the
+    lanes continue with the block's output; otherwise they stay before the block. ranks: the processes that hold the
+    other lanes. A weight without tokens is left out. Raises NumericsError on NaN or infinity.
     """
-    source = {p.weight: p.source for p in reversed(trace.products)}
-    measured = {key: weight for weight, key in source.items()}
     batches = ranks.gather(lambda: len(lanes))
     per_batch, first = -(-SAMPLE_TOKENS // max(1, sum(batches))), sum(batches[: ranks.rank])
-    asked = {measured[key] for weight, key in source.items() if needs_hessian_of(weight)}
-    collectors = {weight: StatsCollector(per_batch, weight in asked) for weight in measured.values()}
-    last, batch = None if advance else _last(block, trace), first
+    collected = _BlockStats(
+        block, trace, needs_hessian_of, per_batch, None if advance else _last_weight(block, trace)
+    )
 
-    def note(weight: Weight, x: Tensor) -> None:
-        if weight not in source:  # an expert that no token of the trace has reached
-            collectors.setdefault(weight, StatsCollector(per_batch, needs_hessian_of(weight)))
-        if weight in collectors:
-            collectors[weight].update(x, batch)
-        if weight == last:
-            raise _Enough
-
-    def gather() -> dict[Weight, Gathered]:
-        nonlocal batch
-        with watching_inputs(block, note), torch.no_grad():
-            for lane in lanes:
-                batch += 1
+    def run_lanes() -> dict[Weight, RankStats]:
+        with watching_inputs(block, collected.on_input), torch.no_grad():
+            for batch, lane in enumerate(lanes, first + 1):
+                collected.batch = batch
                 if advance:
                     lane.step()
                 else:
-                    lane.rehearse(lambda call: call.run_until(_Enough))
-        return {w: c.gathered(f"{prefix}.{w.module}") for w, c in collectors.items() if c.tokens}
+                    lane.rehearse(lambda call: call.run_until(_LastInputSeen))
+        return collected.rank_stats(prefix)
 
-    parts = ranks.gather(gather)
-    seen: dict[Weight, InputStats] = {}
-    for weight in dict.fromkeys(weight for part in parts for weight in part):
-        total = reduce(operator.add, (part[weight] for part in parts if weight in part))
-        wanted = weight in asked or (weight not in source and needs_hessian_of(weight))
-        hessian = _hessian(collectors.get(weight), total, ranks) if wanted else None
-        seen[weight] = total.stats(hessian)
-    of = {weight: measured[key] for weight, key in source.items()} | {w: w for w in seen if w not in source}
-    return {weight: seen[one] for weight, one in of.items() if one in seen}
+    return collected.total(ranks.gather(run_lanes), ranks)
 
 
-def _last(block: nn.Module, trace: Trace) -> Weight | None:
-    """The weight of a block after whose input there is none to see; None where not all took part in the trace, such as
-    experts, or it took part more than once."""
+class _BlockStats:
+    """The collectors of one block on one rank: one for each tensor that weights read.
+
+    An expert that no token of the trace reached has no known source; it gets a collector of its own with its first
+    tokens.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        trace: Trace,
+        needs_hessian_of: Callable[[Weight], bool],
+        sample_per_batch: int,
+        last: Weight | None,
+    ) -> None:
+        self._needs_hessian_of, self._sample_per_batch, self._last = needs_hessian_of, sample_per_batch, last
+        self._source = {p.weight: p.source for p in reversed(trace.products)}
+        # For each source, the weight whose input is measured.
+        self._measured = {key: weight for weight, key in self._source.items()}
+        self._with_hessian = {self._measured[key] for w, key in self._source.items() if needs_hessian_of(w)}
+        self._collectors = {
+            weight: StatsCollector(sample_per_batch, weight in self._with_hessian)
+            for weight in self._measured.values()
+        }
+        self.batch = 0
+
+    def on_input(self, weight: Weight, x: Tensor) -> None:
+        """Add the input x (tokens, in) of a weight. Raises _LastInputSeen after the last weight of interest."""
+        if weight not in self._source:
+            new = StatsCollector(self._sample_per_batch, self._needs_hessian_of(weight))
+            self._collectors.setdefault(weight, new)
+        if weight in self._collectors:
+            self._collectors[weight].update(x, self.batch)
+        if weight == self._last:
+            raise _LastInputSeen
+
+    def rank_stats(self, prefix: str) -> dict[Weight, RankStats]:
+        """This rank's statistics of the measured weights that saw tokens."""
+        return {w: c.rank_stats(f"{prefix}.{w.module}") for w, c in self._collectors.items() if c.tokens}
+
+    def total(self, parts: Sequence[dict[Weight, RankStats]], ranks: Ranks) -> dict[Weight, InputStats]:
+        """The statistics of every weight over all ranks, from each rank's part."""
+        measured: dict[Weight, InputStats] = {}
+        for weight in dict.fromkeys(weight for part in parts for weight in part):
+            summed = reduce(operator.add, (part[weight] for part in parts if weight in part))
+            measured[weight] = summed.stats(self._hessian(weight, summed, ranks))
+        shared = {weight: self._measured[key] for weight, key in self._source.items()}
+        shared |= {weight: weight for weight in measured if weight not in self._source}
+        return {weight: measured[first] for weight, first in shared.items() if first in measured}
+
+    def _hessian(self, weight: Weight, summed: RankStats, ranks: Ranks) -> Tensor | None:
+        """The sum of x xᵀ over all ranks (in, in), upper blocks only; None if the weight does not need it."""
+        late = weight not in self._source and self._needs_hessian_of(weight)
+        if not (late or weight in self._with_hessian):
+            return None
+        collector = self._collectors.get(weight)
+        if collector is None or collector.hessian is None:
+            return ranks.all_reduce(summed.low.new_zeros(len(summed.low), len(summed.low)))
+        return ranks.all_reduce(collector.hessian)
+
+
+def _last_weight(block: nn.Module, trace: Trace) -> Weight | None:
+    """The last weight to read an input; None if it is used twice, or if a weight, such as an expert, was not used."""
     matrices = {name for name, parameter in block.named_parameters() if parameter.dim() > 1}
     weights = [product.weight for product in trace.products]
     is_last = matrices == {w.name for w in weights} and weights.count(weights[-1]) == 1
     return weights[-1] if is_last and weights[-1].index is None else None
-
-
-def _hessian(collector: StatsCollector | None, total: Gathered, ranks: Ranks) -> Tensor:
-    """The sum of x xᵀ over all ranks (in, in), on and above the diagonal's blocks."""
-    if collector is None or collector.hessian is None:
-        return ranks.all_reduce(total.low.new_zeros(len(total.low), len(total.low)))
-    return ranks.all_reduce(collector.hessian)
 
 
 def absmax_of(stats: Mapping[Weight, InputStats], weights: Iterable[Weight]) -> dict[Weight, Tensor]:

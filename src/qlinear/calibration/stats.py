@@ -1,4 +1,7 @@
-"""Statistics of what a weight reads, gathered batch by batch."""
+"""Statistics of a weight's input: collected batch by batch on each rank, then added up over the ranks.
+
+`StatsCollector` (one rank, one input) -> `RankStats` (added with +) -> `InputStats` (the result).
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -8,27 +11,22 @@ from torch import Tensor
 
 from ..errors import NumericsError
 
-# Columns of the second moments that are added to at once: only what stands on and right of the diagonal is computed.
+# Columns of the Hessian that are updated at once. Only blocks on and right of the diagonal are computed.
 _PANEL = 512
-
-
-# Elements that stay in a core's cache while they are passed over several times.
+# Elements per chunk of tokens: a core's cache holds a float32 copy during several passes.
 _CHUNK = 1 << 17
-
-
 _INF = float("inf")
-
-
-# Irrational, and so are their ratios: sums of multiples of them, modulo 1, are spread evenly over [0, 1).
+# Irrational numbers with an irrational ratio: sums of their multiples, modulo 1, cover [0, 1) evenly.
 _SPREAD = (2**0.5, 3**0.5)
 
 
 @dataclass(frozen=True, slots=True)
 class InputStats:
-    """Statistics of what a weight reads, per input channel over all tokens: each (in,) float32.
+    """Statistics of a weight's input, per channel over all tokens: vectors (in,) float32.
 
-    tokens: how many there were. sample: a few of them (n, in), for measuring errors. moment: the mean of x xᵀ (in, in)
-    float32, None unless it was asked for. others: min and max of tokens apart from the sample, None if there are none.
+    tokens: their number. sample: some of the tokens (n, in), for measuring errors. hessian: the mean of x xᵀ (in, in)
+    float32, None unless it was requested. unsampled_range: min and max over tokens outside the sample, None if there
+    are none.
     """
 
     absmax: Tensor
@@ -39,20 +37,22 @@ class InputStats:
     tokens: int
     sample: Tensor
     hessian: Tensor | None = None
-    others: tuple[Tensor, Tensor] | None = None
+    unsampled_range: tuple[Tensor, Tensor] | None = None
 
     def without_sample(self) -> "InputStats":
-        """The same with the extremes of the other tokens, for choices that are made by the error on the sample."""
-        if self.others is None:
+        """The statistics with the unsampled range, for choices that minimise the error on the sample."""
+        if self.unsampled_range is None:
             return self
-        low, high = self.others
+        low, high = self.unsampled_range
         return replace(self, min=low, max=high, absmax=torch.maximum(high, -low))
 
 
 @dataclass(frozen=True, slots=True)
-class Gathered:
-    """What one rank saw of an input: extremes and sums (in,), the number of its tokens, a few of them, and the extremes
-    of those that are apart from these, infinite if there are none."""
+class RankStats:
+    """One rank's statistics of an input: extremes and sums (in,), the number of tokens, and a sample of them.
+
+    other_low, other_high: extremes of tokens outside the sample, infinite if there are none.
+    """
 
     low: Tensor
     high: Tensor
@@ -63,30 +63,29 @@ class Gathered:
     other_low: Tensor
     other_high: Tensor
 
-    def __add__(self, other: "Gathered") -> "Gathered":
-        return Gathered(
+    def __add__(self, other: "RankStats") -> "RankStats":
+        return RankStats(
             torch.minimum(self.low, other.low), torch.maximum(self.high, other.high), self.sum + other.sum,
             self.abs_sum + other.abs_sum, self.tokens + other.tokens, torch.cat([self.sample, other.sample]),
             torch.minimum(self.other_low, other.other_low), torch.maximum(self.other_high, other.other_high),
         )  # fmt: skip
 
     def stats(self, hessian: Tensor | None) -> InputStats:
-        """The statistics; `moment` is the sum of x xᵀ, on and above the diagonal's blocks, which is used up."""
+        """The statistics. hessian: the sum of x xᵀ (in, in), upper blocks only; it is overwritten."""
         absmax = torch.maximum(self.high, -self.low)
         mean, absmean = self.sum / self.tokens, self.abs_sum / self.tokens
         whole = None if hessian is None else symmetrized(hessian.div_(self.tokens))
-        others = (
-            (self.other_low, self.other_high) if bool((self.other_low <= self.other_high).all()) else None
-        )
+        has_others = bool((self.other_low <= self.other_high).all())
+        others = (self.other_low, self.other_high) if has_others else None
         return InputStats(absmax, absmean, self.low, self.high, mean, self.tokens, self.sample, whole, others)
 
 
 class StatsCollector:
-    """Gathers `InputStats` from one batch of tokens after another.
+    """Collects `RankStats` from one batch of tokens after another.
 
-    A range that is chosen by the error on some tokens must not know how far those reach, or it would promise too much
-    for all that are still to come. So the sample is from the second half of each batch, and the ranges apart from it
-    are those of the first: tokens of one sequence are alike, and a batch is mostly several.
+    Tuning a range on the tokens it was measured on overfits. So the sample comes from the second half of each batch,
+    and the unsampled range from the first half. Halves, since tokens of one sequence resemble each other, and a batch
+    usually holds several sequences.
     """
 
     def __init__(self, sample_per_batch: int, hessian: bool = False) -> None:
@@ -98,7 +97,7 @@ class StatsCollector:
         self._sums = self._extremes = self._others = torch.zeros(2, 0)
 
     def update(self, x: Tensor, batch: int = 0) -> None:
-        """Take in x (tokens, in), any float dtype, of a batch: where its sample begins depends on which that is."""
+        """Add x (tokens, in), any float dtype. batch: number of the batch, which determines the sampled positions."""
         if x.shape[0] == 0:
             return
         if not self.tokens:
@@ -112,34 +111,36 @@ class StatsCollector:
             self._add_hessian(x.float())
         first, second = x[: x.shape[0] // 2], x[x.shape[0] // 2 :]
         for rows in _chunks(first):
-            torch.minimum(self._others, self._add(rows), out=self._others)
+            torch.minimum(self._others, self._add_rows(rows), out=self._others)
         for rows in _chunks(second):
-            self._add(rows)
-        self._samples.append(second[self._choice(len(second), batch).to(x.device)])
+            self._add_rows(rows)
+        self._samples.append(second[self._sample_rows(len(second), batch).to(x.device)])
 
-    def _choice(self, tokens: int, batch: int) -> Tensor:
-        """Which of so many tokens are the sample: one of each run of some, now an early one, now a late. Evenly spaced,
-        they would be the first of every sequence, which are unlike all others, or none of them."""
+    def _sample_rows(self, tokens: int, batch: int) -> Tensor:
+        """Indices of the sampled tokens: one per run of `step` tokens, at a varying position within the run.
+
+        Evenly spaced indices would pick the first token of every sequence, which is unlike all others, or never.
+        """
         step = max(1, tokens // self._sample_per_batch)
         run = torch.arange(min(self._sample_per_batch, tokens // step), dtype=torch.float64)
         within = (run * _SPREAD[0] + batch * _SPREAD[1]) % 1 * step
         return (run * step + within).long()
 
-    def _add(self, x: Tensor) -> Tensor:
-        """Add rows x; returns their extremes (2, in): the least, and the greatest negated."""
+    def _add_rows(self, x: Tensor) -> Tensor:
+        """Add rows x; returns their extremes (2, in): the minimum, and the negated maximum."""
         ends = torch.stack([x.amin(0), -x.amax(0)])
         torch.minimum(self._extremes, ends, out=self._extremes)
         self._sums += torch.stack([x.sum(0), x.abs().sum(0)])
         return ends
 
     def _add_hessian(self, x: Tensor) -> None:
-        """Add xᵀ x, on and above the diagonal's blocks."""
+        """Add xᵀ x, upper blocks only."""
         if self.hessian is None:
             self.hessian = x.new_zeros(x.shape[1], x.shape[1])
         add_outer_products(self.hessian, x)
 
-    def gathered(self, name: str) -> Gathered:
-        """What was gathered. Raises NumericsError, with the weight's name, if there was NaN or infinity."""
+    def rank_stats(self, name: str) -> RankStats:
+        """This rank's statistics. Raises NumericsError, with the weight's name, if there was NaN or infinity."""
         finite = torch.isfinite(self._extremes).all(0)
         if not bool(finite.all()):
             raise NumericsError(
@@ -148,28 +149,28 @@ class StatsCollector:
             )
         (low, high), (other_low, other_high), (total, magnitude) = self._extremes, self._others, self._sums
         sample = torch.cat(self._samples)
-        return Gathered(low, -high, total, magnitude, self.tokens, sample, other_low, -other_high)
+        return RankStats(low, -high, total, magnitude, self.tokens, sample, other_low, -other_high)
 
     def stats(self, name: str) -> InputStats:
-        """The statistics, where nobody else saw tokens; nothing can be taken in afterwards. Raises NumericsError."""
-        return self.gathered(name).stats(self.hessian)
+        """The statistics if this is the only rank; no update is possible afterwards. Raises NumericsError."""
+        return self.rank_stats(name).stats(self.hessian)
 
 
 def _chunks(x: Tensor) -> Iterator[Tensor]:
-    """Rows of x (tokens, in) that fit a core's cache, float32."""
+    """Chunks of rows of x (tokens, in) in float32 that fit a core's cache."""
     if len(x):
         yield from (rows.float() for rows in torch.split(x, max(1, _CHUNK // max(1, x.shape[1]))))
 
 
 def add_outer_products(hessian: Tensor, x: Tensor) -> None:
-    """Add xᵀ x of x (tokens, in) to a moment (in, in), on and above the diagonal's blocks."""
+    """Add xᵀ x of x (tokens, in) to `hessian` (in, in), upper blocks only."""
     for start in range(0, x.shape[1], _PANEL):
         panel = hessian[start : start + _PANEL, start:]
         panel.addmm_(x[:, start : start + _PANEL].T, x[:, start:])
 
 
 def symmetrized(hessian: Tensor) -> Tensor:
-    """A symmetric matrix with what is above the diagonal mirrored to below it, in place."""
+    """`hessian` with its upper triangle mirrored to the lower one, in place."""
     for start in range(0, len(hessian), _PANEL):
         stop = start + _PANEL
         middle = hessian[start:stop, start:stop]

@@ -1,13 +1,14 @@
-"""Statistics of the inputs of a model's weights on disk: calibrate once, quantize as often as you like.
+"""Files of statistics of a model's inputs: calibrate once, quantize as often as needed.
 
-The file's suffix says which of two forms it has:
+The suffix selects one of two formats:
 
-    .safetensors   `NAME.absmax`, `.absmean`, `.min`, `.max` and `.mean`, each (in,) float32, once for all weights that
-                   read one tensor; the metadata says which those are, how many tokens there were, and of which model
+    .safetensors   `NAME.absmax`, `.absmean`, `.min`, `.max` and `.mean`, each (in,) float32, stored once for weights
+                   that read one tensor; the metadata holds the names of these weights, the number of tokens, and the
+                   fingerprint of the model
     .pth           LMDeploy's `inputs_stats.pth`: {absmax, absmean, max, mean, min} -> name -> (in,)
 
-A weight goes by the name of its module, a parameter that is nobody's `weight` by its own, and one matrix of a stack
-of experts by that and its index.
+A weight is named by its module. A parameter that is not called `weight` is named by itself, and a matrix in a stack of
+experts by the stack and its index.
 """
 
 import io
@@ -30,16 +31,17 @@ from ..tracing.experiment import Trace
 from ..tracing.trace import Weight
 from .stats import InputStats
 
-FORMS = ("absmax", "absmean", "min", "max", "mean")
+STATISTICS = ("absmax", "absmean", "min", "max", "mean")
 _KIND = "qlinear statistics"
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationStats:
-    """What calibration found of a model, or what a file holds of that.
+    """The statistics of a model's inputs, from calibration or from a file.
 
-    inputs: by a weight's name; weights that read one tensor may share one. Samples are empty, and tokens 0 where the
-    file does not tell. idle: names of weights that no token reached. fingerprint: of the model's checkpoint.
+    inputs: statistics by a weight's name; weights that read one tensor may share them. From a file, samples are empty,
+    and tokens is 0 if the file does not say. idle: names of weights that no token reached. fingerprint: of the
+    checkpoint.
     """
 
     inputs: Mapping[str, InputStats]
@@ -47,27 +49,27 @@ class CalibrationStats:
     fingerprint: str | None = None
 
     def to(self, device: torch.device) -> "CalibrationStats":
-        """The same on another device; what several weights share stays shared."""
+        """The statistics on another device; shared statistics stay shared."""
         there = {id(stats): moved(stats, device) for stats in self.inputs.values()}
         return replace(self, inputs={name: there[id(stats)] for name, stats in self.inputs.items()})
 
     def of_block(self, prefix: str, trace: Trace) -> dict[Weight, InputStats]:
-        """The statistics of all weights that multiplied in a run of the block `prefix`, as `calibrate` gives them.
+        """The statistics of all weights that multiplied in a run of the block `prefix`, as `calibrate` returns them.
 
-        Weights that read the very same tensor share one `InputStats`, and it is enough that one of them is named. Left
-        out is what no token reached. Raises DataError if another is missing, or has another width.
+        Weights that read the same tensor share one `InputStats`; one of their names is enough. Weights that no token
+        reached are left out. Raises DataError if another weight is missing, or has another width.
         """
-        readers: dict[Any, list[Weight]] = {}
+        weights_by_source: dict[Any, list[Weight]] = {}
         widths = {product.weight: product.x.shape[-1] for product in trace.products}
         for weight, source in {p.weight: p.source for p in reversed(trace.products)}.items():
-            readers.setdefault(source, []).append(weight)
-        found: dict[Weight, InputStats] = {}
-        for weights in readers.values():
+            weights_by_source.setdefault(source, []).append(weight)
+        stats_of: dict[Weight, InputStats] = {}
+        for weights in weights_by_source.values():
             stats = self._shared({weight: input_name(prefix, weight) for weight in weights})
             if stats is not None:
                 _require_width(input_name(prefix, weights[0]), stats, widths[weights[0]])
-                found |= dict.fromkeys(weights, stats)
-        return found
+                stats_of |= dict.fromkeys(weights, stats)
+        return stats_of
 
     def _shared(self, names: Mapping[Weight, str]) -> InputStats | None:
         """The statistics of the one tensor that these weights read; None if no token reached them."""
@@ -83,7 +85,7 @@ class CalibrationStats:
 
 
 def input_name(prefix: str, weight: Weight) -> str:
-    """What a weight of the block `prefix` is called in a file of statistics."""
+    """The name in a file of statistics of a weight of the block `prefix`."""
     index = "" if weight.index is None else f".{weight.index}"
     return f"{prefix}.{weight.name}".removeprefix(".").removesuffix(".weight") + index
 
@@ -99,7 +101,7 @@ def _require_width(name: str, stats: InputStats, width: int) -> None:
 def require_writable(path: str | Path, overwrite: bool = False) -> None:
     """Raise DataError or OutputError, before any work, unless statistics can be written to `path`."""
     path = Path(path)
-    _form(path)
+    _format_of(path)
     if not path.parent.is_dir():
         raise OutputError(
             f"statistics cannot be written to {path}: there is no folder {path.parent}; make it"
@@ -109,19 +111,19 @@ def require_writable(path: str | Path, overwrite: bool = False) -> None:
 
 
 def save_statistics(path: str | Path, statistics: CalibrationStats) -> None:
-    """Write statistics in the form that the suffix of `path` names; a reader never sees half a file."""
-    to_bytes, _ = _form(Path(path))
+    """Write statistics, atomically, in the format of `path`'s suffix."""
+    to_bytes, _ = _format_of(Path(path))
     write_atomically(Path(path), to_bytes(statistics))
 
 
 def load_statistics(path: str | Path, fingerprint: str | None = None) -> CalibrationStats:
-    """Statistics from a file of either form.
+    """Read statistics from a file of either format.
 
-    fingerprint: of the checkpoint that they are for. Raises DataError if the file is missing, is no such file, or was
-    made of another model (which LMDeploy's do not tell), and NumericsError if it holds NaN or infinity.
+    fingerprint: of the checkpoint to quantize. Raises DataError if the file is missing, has another content, or is of
+    another model (LMDeploy's files do not say which), and NumericsError if it holds NaN or infinity.
     """
     path = Path(path)
-    _, read = _form(path)
+    _, read = _format_of(path)
     if not path.is_file():
         raise DataError(f"there is no file {path}: make it with qlinear calibrate")
     statistics = read(path)
@@ -132,57 +134,62 @@ def load_statistics(path: str | Path, fingerprint: str | None = None) -> Calibra
     return statistics
 
 
-def _form(path: Path) -> tuple[Callable[[CalibrationStats], bytes], Callable[[Path], CalibrationStats]]:
-    """How to write and read a file of this suffix."""
-    forms = {".safetensors": (_to_safetensors, _read_safetensors), ".pth": (_to_pickle, _read_pickle)}
-    if path.suffix not in forms:
+def _format_of(path: Path) -> tuple[Callable[[CalibrationStats], bytes], Callable[[Path], CalibrationStats]]:
+    """The functions that write and read the format of this suffix."""
+    formats = {".safetensors": (_to_safetensors, _read_safetensors), ".pth": (_to_pickle, _read_pickle)}
+    if path.suffix not in formats:
         raise DataError(
             f"statistics are .safetensors, or .pth for LMDeploy's inputs_stats.pth; got {path.name!r}: choose one"
         )
-    return forms[path.suffix]
+    return formats[path.suffix]
 
 
 def _to_safetensors(statistics: CalibrationStats) -> bytes:
     first: dict[int, str] = {}
     shared = {name: first.setdefault(id(stats), name) for name, stats in statistics.inputs.items()}
-    held = {name: statistics.inputs[name] for name in first.values()}
+    distinct = {name: statistics.inputs[name] for name in first.values()}
     tensors = {
-        f"{name}.{form}": getattr(stats, form).float().clone()
-        for name, stats in held.items()
-        for form in FORMS
+        f"{name}.{statistic}": getattr(stats, statistic).float().clone()
+        for name, stats in distinct.items()
+        for statistic in STATISTICS
     }
-    about = {
+    metadata = {
         "fingerprint": statistics.fingerprint,
-        "tokens": {name: stats.tokens for name, stats in held.items()},
-        "shared": {name: leader for name, leader in shared.items() if name != leader},
+        "tokens": {name: stats.tokens for name, stats in distinct.items()},
+        "shared": {name: first_name for name, first_name in shared.items() if name != first_name},
         "idle": sorted(statistics.idle),
     }
-    # One entry: several come in an order that changes from run to run.
-    made: bytes = save(tensors, {_KIND: json.dumps(about)})
-    return made
+    # One entry, because the order of several would change from run to run.
+    content: bytes = save(tensors, {_KIND: json.dumps(metadata)})
+    return content
 
 
 def _read_safetensors(path: Path) -> CalibrationStats:
     try:
         with safe_open(path, framework="pt") as file:
-            about = (file.metadata() or {}).get(_KIND)
+            metadata = (file.metadata() or {}).get(_KIND)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise DataError(f"{path} is damaged ({error}): make it anew with qlinear calibrate") from None
-    if about is None:
+    if metadata is None:
         raise DataError(f"{path} holds no statistics: give a file that qlinear calibrate wrote")
-    known = json.loads(about)
+    contents = json.loads(metadata)
     inputs = {
-        name: _checked(name, {form: tensors[f"{name}.{form}"] for form in FORMS}, count, path)
-        for name, count in known["tokens"].items()
+        name: _validated(
+            name, {statistic: tensors[f"{name}.{statistic}"] for statistic in STATISTICS}, count, path
+        )
+        for name, count in contents["tokens"].items()
     }
-    inputs |= {name: inputs[leader] for name, leader in known["shared"].items()}
-    return CalibrationStats(inputs, frozenset(known["idle"]), known["fingerprint"])
+    inputs |= {name: inputs[first_name] for name, first_name in contents["shared"].items()}
+    return CalibrationStats(inputs, frozenset(contents["idle"]), contents["fingerprint"])
 
 
 def _to_pickle(statistics: CalibrationStats) -> bytes:
     buffer = io.BytesIO()
-    tables = {form: {n: getattr(s, form) for n, s in statistics.inputs.items()} for form in FORMS}
+    tables = {
+        statistic: {n: getattr(s, statistic) for n, s in statistics.inputs.items()}
+        for statistic in STATISTICS
+    }
     torch.save(tables, buffer)
     return buffer.getvalue()
 
@@ -194,52 +201,57 @@ def _read_pickle(path: Path) -> CalibrationStats:
         raise DataError(
             f"{path} cannot be read with weights_only=True ({type(error).__name__}): give LMDeploy's inputs_stats.pth"
         ) from None
-    if not _are_tables(tables):
+    if not _is_lmdeploy_format(tables):
         raise DataError(
-            f"{path} must hold {{{', '.join(FORMS)}}} -> module name -> tensor: give LMDeploy's inputs_stats.pth"
+            f"{path} must hold {{{', '.join(STATISTICS)}}} -> module name -> tensor: give LMDeploy's inputs_stats.pth"
         )
-    # LMDeploy's observers begin at -infinity: a module that is still there saw no token.
+    # LMDeploy's observers start at -infinity; a module that still has it saw no token.
     idle = frozenset(name for name, high in tables["max"].items() if bool((high == -torch.inf).all()))
     inputs = {
-        name: _checked(name, {form: tables[form][name] for form in FORMS}, 0, path)
+        name: _validated(name, {statistic: tables[statistic][name] for statistic in STATISTICS}, 0, path)
         for name in tables["absmax"]
         if name not in idle
     }
     return CalibrationStats(inputs, idle)
 
 
-def _are_tables(tables: Any) -> bool:
-    """Whether this is a table of vectors for each form, all with the same names; other tables may stand beside."""
-    if not isinstance(tables, dict) or not all(isinstance(tables.get(form), dict) for form in FORMS):
+def _is_lmdeploy_format(tables: Any) -> bool:
+    """Whether `tables` holds a table of vectors per statistic, all with the same names; other tables are allowed."""
+    if not isinstance(tables, dict) or not all(
+        isinstance(tables.get(statistic), dict) for statistic in STATISTICS
+    ):
         return False
     names = set(tables["absmax"])
-    return all(set(tables[form]) == names and _are_vectors(tables[form].values()) for form in FORMS)
+    return all(
+        set(tables[statistic]) == names and _are_vectors(tables[statistic].values())
+        for statistic in STATISTICS
+    )
 
 
 def _are_vectors(values: Iterable[Any]) -> bool:
     return all(isinstance(value, Tensor) and value.dim() == 1 for value in values)
 
 
-def _checked(name: str, vectors: Mapping[str, Tensor], tokens: int, path: Path) -> InputStats:
-    """One weight's statistics. Raises NumericsError for what is no number, DataError for vectors of several widths."""
+def _validated(name: str, vectors: Mapping[str, Tensor], tokens: int, path: Path) -> InputStats:
+    """One weight's statistics. Raises NumericsError on NaN or infinity, DataError for vectors of different widths."""
     width = len(vectors["absmax"])
-    for form, vector in vectors.items():
+    for statistic, vector in vectors.items():
         bad = int((~vector.isfinite()).sum())
         if bad:
             raise NumericsError(
-                f"{path} holds {bad} NaN or infinite of {len(vector)} channels in the {form} of {name}: calibrate "
+                f"{path} holds {bad} NaN or infinite of {len(vector)} channels in the {statistic} of {name}: calibrate "
                 "again in a wider dtype"
             )
         if vector.shape != (width,):
             raise DataError(
-                f"{path} holds absmax of {width} channels but {form} of {len(vector)} for {name}: calibrate again"
+                f"{path} holds absmax of {width} channels but {statistic} of {len(vector)} for {name}: calibrate again"
             )
-    absmax, absmean, low, high, mean = (vectors[form].float() for form in FORMS)
+    absmax, absmean, low, high, mean = (vectors[statistic].float() for statistic in STATISTICS)
     return InputStats(absmax, absmean, low, high, mean, tokens, sample=torch.empty(0, width))
 
 
-def merged(a: InputStats, b: InputStats) -> InputStats:
-    """The statistics of the tokens of both: of a weight that the model passes twice."""
+def combine(a: InputStats, b: InputStats) -> InputStats:
+    """The statistics over the tokens of both, for a weight that the model runs twice."""
     tokens = a.tokens + b.tokens
     share = b.tokens / tokens
     return replace(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..formats.scheme import Scheme
-from ..runtime.device import Lift
+from ..runtime.device import Uploader
 from .layouts import layout_of
 from .layouts.base import Layout, QuantizedLinear
 from .layouts.qlinear import float_holders
@@ -69,11 +69,11 @@ class DequantizedView(Checkpoint):
         is_quantized = leaf == "weight" and module in self.schemes
         return self.read(name, out) if is_quantized else self.stored.read_as(name, out)
 
-    def read_to_device(self, name: str, out: Tensor, lift: Lift) -> Tensor:
+    def read_to_device(self, name: str, out: Tensor, uploader: Uploader) -> Tensor:
         """`Checkpoint.read_to_device`; a quantized matrix is dequantized."""
         module, _, leaf = name.rpartition(".")
         is_quantized = leaf == "weight" and module in self.schemes
-        return self.read(name, out) if is_quantized else self.stored.read_to_device(name, out, lift)
+        return self.read(name, out) if is_quantized else self.stored.read_to_device(name, out, uploader)
 
 
 def quantization_config(checkpoint: Checkpoint) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, SourceLostError
-from ..runtime.device import Lift
+from ..runtime.device import Uploader
 from .safetensors_header import DTYPES, TensorInfo, parse_json, read_header
 from .torch_bin import read_pickled
 
@@ -119,7 +119,7 @@ class Checkpoint:
             done += len(values)
         return out
 
-    def read_to_device(self, name: str, out: Tensor, lift: Lift) -> Tensor:
+    def read_to_device(self, name: str, out: Tensor, uploader: Uploader) -> Tensor:
         """Read a tensor into `out` (contiguous, its shape) on an accelerator, and convert it to the dtype of `out`."""
         info = self.info(name)
         with _opened(info.file) as file:
@@ -127,7 +127,7 @@ class Checkpoint:
             def fill(memory: memoryview, before: int) -> None:
                 _read_exactly(file, memory, info.start + before, info.file)
 
-            lift.upload(fill, info.nbytes, info.dtype, out)
+            uploader.upload(fill, info.nbytes, info.dtype, out)
         return out
 
     def chunks(self, name: str, size: int = _CHUNK) -> Iterator[memoryview]:

@@ -50,7 +50,7 @@ def _group(found: Findings, members: Sequence[Weight], scheme: Scheme, stats: In
     return Group(
         {found.full_name(weight) + _slice(weight): found.matrix(weight) for weight in members},
         scheme, stats.min, stats.max, stats.absmean, stats.sample.float(), stats.hessian,
-        scale_dtype(scheme, found.stored_dtype(members[0].name)), stats.others,
+        scale_dtype(scheme, found.stored_dtype(members[0].name)), stats.unsampled_range,
     )  # fmt: skip
 
 

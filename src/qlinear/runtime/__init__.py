@@ -1,1 +1,1 @@
-"""What the machine gives: devices, processes, threads, memory."""
+"""The machine: devices, processes of a job, threads per core, and memory in use."""

@@ -1,8 +1,8 @@
-"""Where a job computes: the processor, or an accelerator. The one file that knows what is different there.
+"""Where a job computes: the processor or an accelerator. No other module treats the two differently.
 
-A model is read on the host, and taken up to an accelerator block by block. That costs nothing where it happens while
-the block before is worked on: on a stream of its own, from pinned memory, which the device reads by itself. Two pinned
-buffers are enough, one being filled from the file while the other is on its way.
+A model is read into host memory and uploaded to an accelerator block by block. The upload of a block overlaps with the
+work on the preceding one: it runs on a stream of its own, from pinned memory. Two pinned buffers are enough: one is
+filled from the file while the other is copied to the device.
 """
 
 import os
@@ -19,23 +19,24 @@ from torch import Tensor
 from ..errors import DeviceError
 
 CPU = torch.device("cpu")
-# The type of device that is known besides; on AMD's, torch calls it so too.
-KIND = "cuda"
-# Bytes of a pinned buffer: large enough for the bus, and whole elements of every dtype.
+# Torch's name for GPUs, AMD's too.
+GPU = "cuda"
+# Bytes of a pinned buffer: enough to saturate the bus, and a multiple of every dtype's size.
 _CHUNK = 32 << 20
 
 
 def as_device(name: str | torch.device) -> torch.device:
-    """The device of that name, `cpu`, `cuda` or `cuda:N`, which becomes the current one of its kind.
+    """The device with this name, `cpu`, `cuda` or `cuda:N`; a GPU becomes torch's current one.
 
-    `cuda` is the first GPU; under torchrun each process has its own. Raises DeviceError if there is none such.
+    `cuda` is the first GPU; under torchrun, the GPU of this process's local rank. Raises DeviceError if the name is
+    unknown or the device does not exist.
     """
     try:
         device = torch.device(name)
     except RuntimeError:
         device = None
-    if device is None or device.type not in ("cpu", KIND):
-        raise DeviceError(f"device must be cpu, {KIND} or {KIND}:N; got {str(name)!r}")
+    if device is None or device.type not in ("cpu", GPU):
+        raise DeviceError(f"device must be cpu, {GPU} or {GPU}:N; got {str(name)!r}")
     if device.type == "cpu":
         return CPU
     backend = torch.get_device_module(device)
@@ -46,47 +47,55 @@ def as_device(name: str | torch.device) -> torch.device:
         )
     index, count = _index(device), backend.device_count()
     if index >= count:
-        last = "" if count == 1 else f" to {KIND}:{count - 1}"
+        last = "" if count == 1 else f" to {GPU}:{count - 1}"
         started = "" if device.index is not None else f", and torchrun started process {index} of this host"
         raise DeviceError(
-            f"device {str(name)!r} is not there: this host has {KIND}:0{last}{started}; use one of these"
+            f"device {str(name)!r} is not there: this host has {GPU}:0{last}{started}; use one of these"
             + (f", or --nproc-per-node {count}" if started else "")
         )
-    backend.set_device(index)  # where pinned memory and libraries' workspaces belong
-    return torch.device(KIND, index)
+    backend.set_device(
+        index
+    )  # pinned memory and the libraries' workspaces are allocated for the current device
+    return torch.device(GPU, index)
 
 
 def _index(device: torch.device) -> int:
-    """The index that was asked for, or that of this process among those of its host."""
+    """The requested index, or this process's local rank."""
     return int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
 
 
 def computes_in(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether an accelerator multiplies in a half dtype by itself."""
+    """Whether an accelerator has native matrix products in a half dtype."""
     if dtype == torch.bfloat16:
         return bool(torch.get_device_module(device).is_bf16_supported(including_emulation=False))
     return dtype == torch.float16
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """A value with the tensors in it, in dataclasses, dicts, lists and tuples, on the device; a dataclass is itself
-    where there is none to move."""
+    """The value with all its tensors on the device, in dataclasses, dicts, lists and tuples too.
+
+    A dataclass without tensors to move is returned as it is.
+    """
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, dict):
-        return {key: moved(each, device) for key, each in value.items()}
+        return {key: moved(item, device) for key, item in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(moved(each, device) for each in value)
+        return type(value)(moved(item, device) for item in value)
     if not is_dataclass(value) or isinstance(value, type):
         return value
-    own = {each.name: getattr(value, each.name) for each in fields(value)}
-    there = {name: moved(each, device) for name, each in own.items()}
-    return value if all(there[name] is own[name] for name in own) else replace(value, **there)
+    values = {item.name: getattr(value, item.name) for item in fields(value)}
+    moved_fields = {name: moved(item, device) for name, item in values.items()}
+    return (
+        value
+        if all(moved_fields[name] is values[name] for name in values)
+        else replace(value, **moved_fields)
+    )
 
 
 @contextmanager
 def within_memory(device: torch.device) -> Iterator[None]:
-    """Inside, too little memory on the device is raised as a DeviceError that says what to do."""
+    """Context manager: turns an out-of-memory error of the device into a DeviceError that says what to do."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -97,8 +106,8 @@ def within_memory(device: torch.device) -> Iterator[None]:
         ) from error
 
 
-class Lift:
-    """Takes tensors up to an accelerator while it computes. What it takes up may be used when `moving` is left."""
+class Uploader:
+    """Uploads tensors to an accelerator while it computes; they may be used after `uploading` exits."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -108,10 +117,10 @@ class Lift:
         self._buffers: Iterator[tuple[Tensor, Any]] | None = None
 
     @contextmanager
-    def moving(self) -> Iterator[None]:
-        """Inside, in whatever thread, tensors are taken up, and what is made on the device belongs to the lift.
+    def uploading(self) -> Iterator[None]:
+        """Context manager: copies and allocations on the device go to the upload stream, in any thread.
 
-        Memory that was given up before may still be read by work that is waiting: that comes first.
+        The stream first waits for the current one, whose queued work may still read memory that was freed.
         """
         with self._lock:
             self._stream.wait_stream(self._backend.current_stream(self.device))
@@ -122,31 +131,30 @@ class Lift:
     def upload(
         self, fill: Callable[[memoryview, int], None], nbytes: int, dtype: torch.dtype, out: Tensor
     ) -> None:
-        """Have `nbytes` of elements of `dtype` come into `out`, contiguous on the device, converted to its dtype there.
+        """Copy `nbytes` bytes of elements of `dtype` into `out`, a contiguous tensor on the device, in its own dtype.
 
-        fill: called with memory to fill, and how many bytes come before.
+        fill: called as fill(buffer, offset) to fill a buffer in host memory with the bytes from `offset` on.
         """
         flat = out.view(-1)
         for start in range(0, nbytes, _CHUNK):
-            buffer, sent = self._next()
-            sent.synchronize()  # what was in it is up
+            buffer, copied = self._next_buffer()
+            copied.synchronize()  # its previous contents have been copied
             values = buffer[: min(_CHUNK, nbytes - start)]
             fill(values.numpy().data, start)
             values = values.view(dtype)
-            place = flat[start // dtype.itemsize :][: len(values)]
+            target = flat[start // dtype.itemsize :][: len(values)]
             if dtype != out.dtype:
                 values = values.to(self.device, non_blocking=True)
-            place.copy_(values, non_blocking=True)
-            sent.record(self._stream)
+            target.copy_(values, non_blocking=True)
+            copied.record(self._stream)
 
     def hand_over(self, tensors: Iterable[Tensor]) -> None:
-        """Tensors that were made on the lift's stream go to the one that computes, which may be using them when they
-        are let go of."""
+        """Tell the allocator that the computing stream uses these tensors, which were made on the upload stream."""
         for tensor in tensors:
             tensor.record_stream(self._backend.current_stream(self.device))
 
-    def _next(self) -> tuple[Tensor, Any]:
-        """The buffer that was on its way for longest, and what happens when it has arrived."""
+    def _next_buffer(self) -> tuple[Tensor, Any]:
+        """The buffer whose copy started first, and the event that marks the copy's end."""
         if self._buffers is None:
             self._buffers = cycle([(_pinned(_CHUNK), self._backend.Event()) for _ in range(2)])
         return next(self._buffers)

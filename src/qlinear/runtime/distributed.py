@@ -1,13 +1,13 @@
-"""Several processes at one job, as torchrun starts them: who does what, and what they tell each other.
+"""Several processes that share one job, as torchrun starts them.
 
     torchrun --nproc-per-node 2 -m qlinear quantize MODEL OUT
 
-Every rank does the same and knows the same, except for three things: the calibration set is split over the ranks, so
-is the rounding of a block's linears, and only the first rank, the leader, writes. What a rank finds is told to all;
-so is what goes wrong on one, or the others would wait for it. What passes between them lies in main memory, over gloo;
-tensors from an accelerator arrive on the receiver's own.
+All ranks do the same work with the same state, with three exceptions: the calibration set is split over the ranks, the
+rounding of a block's linears is split over the ranks, and only the main rank writes. Results are sent to all ranks, and
+so are errors, since the other ranks would otherwise wait forever. Data passes through main memory over gloo; tensors
+from an accelerator arrive on the receiver's accelerator.
 
-One process alone is the case of one rank: nothing is told, and nothing waits.
+A single process is the case of one rank: it sends nothing and waits for nothing.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +29,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process among those of a job: number `rank` of `size`, which computes on `device`."""
+    """The processes of a job, seen from one: this is number `rank` of `size`, and computes on `device`."""
 
     rank: int = 0
     size: int = 1
@@ -37,67 +37,70 @@ class Ranks:
 
     @classmethod
     def present(cls) -> "Ranks":
-        """All processes of torch.distributed's group; one alone where there is none."""
+        """The processes of torch.distributed's default group; one rank if there is no group."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
 
     @property
     def is_main(self) -> bool:
-        """Whether it is this rank that writes."""
+        """Whether this rank writes the output."""
         return self.rank == 0
 
     @contextmanager
     def raising_together(self) -> Iterator[None]:
-        """Inside, each rank is on its own; a QLinearError that one of them raises, all raise when all are done."""
+        """Context manager: a QLinearError raised on one rank is raised on all, after every rank has exited."""
         if self.size == 1:
             yield
             return
-        mine: QLinearError | None = None
+        local: QLinearError | None = None
         try:
             yield
         except QLinearError as error:
-            mine = error
+            local = error
         raised: list[QLinearError | None] = [None] * self.size
-        dist.all_gather_object(raised, mine)
-        for each in raised:
-            if each is not None:
-                each.known_to_all = True
-                raise each
+        dist.all_gather_object(raised, local)
+        for failure in raised:
+            if failure is not None:
+                failure.known_to_all = True
+                raise failure
 
     def gather(self, work: Callable[[], T]) -> list[T]:
-        """What `work` gives on every rank, in their order; what one of them raises, all raise."""
+        """The results of `work` on every rank, in rank order. An error on one rank is raised on all."""
         with self.raising_together():
-            mine = work()
+            local = work()
         if self.size == 1:
-            return [mine]
-        told: list[Any] = [None] * self.size
-        dist.all_gather_object(told, moved(mine, CPU))
-        return [moved(each, self.device) for each in told]
+            return [local]
+        results: list[Any] = [None] * self.size
+        dist.all_gather_object(results, moved(local, CPU))
+        return [moved(error, self.device) for error in results]
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """What `work` gives on the leader, which alone does it, on this rank's device; what it raises, all raise."""
-        told: list[Any] = [None]
+        """The result of `work`, which runs on the main rank only, on this rank's device. All ranks raise its errors."""
+        results: list[Any] = [None]
         with self.raising_together():
-            told[0] = work() if self.is_main else None
+            results[0] = work() if self.is_main else None
         if self.size > 1:
-            told[0] = moved(told[0], CPU)
-            dist.broadcast_object_list(told, src=0)
-        here: T = moved(told[0], self.device)
-        return here
+            results[0] = moved(results[0], CPU)
+            dist.broadcast_object_list(results, src=0)
+        result: T = moved(results[0], self.device)
+        return result
 
     def shard(self, items: Sequence[T]) -> Sequence[T]:
-        """The items that fall to this rank: neighbours, so that all parts in turn are `items`; some to the leader, if
-        there are any."""
+        """This rank's contiguous part of the items.
+
+        The parts in rank order are `items`. The main rank's part is empty only if `items` is.
+        """
         bounds = [-(-len(items) * rank // self.size) for rank in (self.rank, self.rank + 1)]
         return items[slice(*bounds)]
 
     def split(
         self, items: Sequence[T], work: Callable[[T], R], over: Callable[..., Iterator[R]] = map
     ) -> Iterator[R]:
-        """`work` of each item, done by one rank and known to all, in the items' order; one by one on a rank alone.
+        """The results of `work` on each item, in order. Each item is done by one rank, and all ranks get the results.
 
-        over: how a rank does its items, as `map` does or `Cores.map`.
+        over: how a rank maps `work` over its items: `map` or `CoreThreads.map`. With one rank, results are yielded as
+        they come.
         """
         if self.size == 1:
             yield from over(work, items)
@@ -107,7 +110,7 @@ class Ranks:
             yield done[i % self.size][i // self.size]
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """`x`, which becomes the sum of what it is on every rank."""
+        """The sum of `x` over all ranks."""
         if self.size > 1:
             total = x.cpu()
             dist.all_reduce(total)
@@ -117,8 +120,8 @@ class Ranks:
 
 @contextmanager
 def torchrun_group() -> Iterator[Ranks]:
-    """Inside, the processes that torchrun started are a group."""
-    # Whatever one rank does alone, such as copying what nothing touched, the others wait for.
+    """Context manager: joins the processes that torchrun started into a group."""
+    # The other ranks wait while one works alone, such as copying unchanged files; that may take long.
     dist.init_process_group("gloo", timeout=timedelta(days=7))
     try:
         yield Ranks.present()

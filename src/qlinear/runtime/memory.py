@@ -1,4 +1,4 @@
-"""How much memory the process holds."""
+"""Memory use of this process."""
 
 import os
 import resource
@@ -7,13 +7,13 @@ from pathlib import Path
 
 
 def peak_rss() -> int:
-    """The most memory that this process has had resident, in bytes."""
+    """Peak resident memory of this process, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def resident() -> int:
-    """The memory that this process has resident, in bytes; the most that it had where the system does not say."""
+    """Resident memory of this process, in bytes; the peak where the system does not report the current value."""
     try:
         pages = Path("/proc/self/statm").read_text().split()[1]
     except OSError:

@@ -1,8 +1,8 @@
-"""The cores of this machine, each at work of its own.
+"""One thread per core, for work that falls into independent parts.
 
-An operation of torch's is shared out over all cores, and done when the last of them is. To pass over a weight takes
-hundreds of short ones; where another process holds a core for a moment, all wait for it, each time. So what falls into
-pieces, the rounding of one linear and the next, is done by a thread each, whose operations stay with it.
+Torch splits each operation over all cores and waits for the slowest. Rounding a weight takes hundreds of short
+operations, so whenever another process holds a core for a moment, all cores wait. Independent parts, such as the
+rounding of one linear and the next, run faster in one thread each, with torch's operations confined to that thread.
 """
 
 from collections import deque
@@ -18,35 +18,35 @@ R = TypeVar("R")
 
 
 class CoreThreads:
-    """A thread for each of `count` cores; made by `apart`."""
+    """A pool of `count` threads; made by `one_thread_per_core`."""
 
     def __init__(self, pool: ThreadPoolExecutor, count: int) -> None:
         self._pool, self.count = pool, count
 
     def map(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        """`work` of each item, in the items' order. Only one more than there are cores is begun before it is taken."""
-        begun: deque[Future[R]] = deque()
+        """The results of `work` on each item, in order. At most `count` + 1 items are started ahead."""
+        pending: deque[Future[R]] = deque()
         try:
             for item in items:
-                begun.append(self._pool.submit(work, item))
-                if len(begun) > self.count:
-                    yield begun.popleft().result()
-            while begun:
-                yield begun.popleft().result()
+                pending.append(self._pool.submit(work, item))
+                if len(pending) > self.count:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         finally:
-            for future in begun:
+            for future in pending:
                 future.cancel()
-            wait(begun)
+            wait(pending)
 
 
 @contextmanager
-def one_thread_per_core(most: int | None = None) -> Iterator[CoreThreads]:
-    """Inside, torch's operations keep to the thread that calls them, and there is such a thread for each core.
+def one_thread_per_core(max_threads: int | None = None) -> Iterator[CoreThreads]:
+    """Context manager: a pool of one thread per core, with torch's operations confined to the calling thread.
 
-    most: threads, if fewer than the cores; each has as many cores then.
+    max_threads: use fewer threads than cores; the cores are divided among them.
     """
     total = torch.get_num_threads()
-    count = total if most is None else max(1, min(most, total))
+    count = total if max_threads is None else max(1, min(max_threads, total))
     torch.set_num_threads(total // count)
     try:
         with ThreadPoolExecutor(count, "core") as pool:
@@ -56,22 +56,22 @@ def one_thread_per_core(most: int | None = None) -> Iterator[CoreThreads]:
 
 
 class CurrentThread:
-    """In place of `Cores`: the thread that calls, and all that torch gives it."""
+    """The stand-in for `CoreThreads` that runs everything in the calling thread."""
 
     count = 1
 
     def map(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        """`work` of each item, in the items' order."""
+        """The results of `work` on each item, in order."""
         return map(work, items)
 
 
 @contextmanager
 def on_each_core_or_here(
-    device: torch.device, most: int | None = None
+    device: torch.device, max_threads: int | None = None
 ) -> Iterator[CoreThreads | CurrentThread]:
-    """`apart` for work on the CPU, `Here` on an accelerator, and where one thread is the most."""
-    if device.type != "cpu" or (most is not None and most <= 1):
+    """Context manager: `one_thread_per_core` for work on the CPU; `CurrentThread` on a GPU or for one thread."""
+    if device.type != "cpu" or (max_threads is not None and max_threads <= 1):
         yield CurrentThread()
         return
-    with one_thread_per_core(most) as cores:
+    with one_thread_per_core(max_threads) as cores:
         yield cores

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.reader import Checkpoint
 from ..errors import CheckpointError
-from ..runtime.device import CPU, Lift
+from ..runtime.device import CPU, Uploader
 from .buffer_pool import BufferPool
 from .hf_conversion import Recipe, convert, find_conversions, is_stack, parts, reverse
 
@@ -32,7 +32,7 @@ class WeightMap:
 
     def __init__(self, model: "PreTrainedModel", checkpoint: Checkpoint, device: torch.device = CPU) -> None:
         self.model, self.checkpoint, self.device = model, checkpoint, device
-        self._lift = None if device == CPU else Lift(device)
+        self._uploader = None if device == CPU else Uploader(device)
         self._state: dict[str, Tensor] = model.state_dict(keep_vars=True)
         recipes, self.unused = find_conversions(model, checkpoint, self._state)
         self._recipes = {target: recipe for recipe in recipes for target in recipe.targets}
@@ -55,13 +55,13 @@ class WeightMap:
         """Read what `assign` puts into a part, but for what is `known`. Touches no module: a thread may do it ahead of
         time, as long as nothing is released meanwhile."""
         found: dict[str, Tensor] = {}
-        with nullcontext() if self._lift is None else self._lift.moving():
+        with nullcontext() if self._uploader is None else self._uploader.uploading():
             for name in self.names_in(part):
                 key = self._key[name]
                 if key in self._recipes and not (key in self._live or key in found or key in known):
                     found.update(self._read(self._recipes[key]))
-        if self._lift is not None:
-            self._lift.hand_over(found.values())
+        if self._uploader is not None:
+            self._uploader.hand_over(found.values())
         return found
 
     def give_up(self, tensors: Iterable[Tensor]) -> None:
@@ -168,10 +168,10 @@ class WeightMap:
 
     def _read_into(self, source: str, out: Tensor) -> None:
         """One tensor of the file, but for its dtype and device, which are those of `out`."""
-        if self._lift is None:
+        if self._uploader is None:
             self.checkpoint.read_as(source, out)
         else:
-            self.checkpoint.read_to_device(source, out, self._lift)
+            self.checkpoint.read_to_device(source, out, self._uploader)
 
     def _find_ties(self) -> dict[str, str]:
         """For every name of a parameter or buffer, the name among those tied to it that the file has."""
