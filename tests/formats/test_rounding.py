@@ -6,10 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qlinear.errors import NumericsError
+from qlinear.errors import NumericsError, SchemeError
 from qlinear.formats.rounding import (
+    QuantizedTensor,
     choose_qparams,
     dequantize,
+    fake_quantize_input,
     qparams_from_range,
     quantize,
     quantize_tensor,
@@ -235,3 +237,34 @@ def test_decoding_is_what_the_formula_says(x: Tensor, fmt: TensorFormat) -> None
     zero = torch.zeros_like(quantized.scale) if quantized.zero_point is None else quantized.zero_point
     expected = (quantized.codes.float() - spread(zero, fmt, x.shape)) * spread(quantized.scale, fmt, x.shape)
     assert torch.equal(dequantize(quantized.codes, quantized.scale, quantized.zero_point, fmt), expected)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rows_and_stacks_are_those_of_the_numbers(symmetric: bool) -> None:
+    fmt = TensorFormat("int4", "group", group_size=16, symmetric=symmetric)
+    x = torch.randn(3, 10, 32)
+    members = [quantize_tensor(matrix, fmt) for matrix in x]
+    stack = QuantizedTensor.stack(members)
+    assert torch.equal(stack.dequantize(), quantize_tensor(x, fmt).dequantize())
+    for member, unstacked in zip(members, stack.unstack(), strict=True):
+        assert torch.equal(unstacked.dequantize(), member.dequantize())
+    parts = [members[0].rows(slice(0, 4)), members[0].rows(slice(4, 10))]
+    assert torch.equal(QuantizedTensor.concatenate(parts).dequantize(), members[0].dequantize())
+    assert torch.equal(members[0].rows(slice(None, None, 3)).dequantize(), members[0].dequantize()[::3])
+
+
+def test_rows_that_share_a_scale_are_not_parted() -> None:
+    whole = quantize_tensor(torch.randn(10, 32), TensorFormat("int8", "tensor"))
+    assert whole.rows(slice(0, 10)) is whole
+    with pytest.raises(SchemeError, match="shares scales between rows"):
+        whole.rows(slice(0, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_input_is_rounded_as_its_codes_say(dtype: torch.dtype) -> None:
+    fmt = TensorFormat("int8", "token", symmetric=False, dynamic=True)
+    x = torch.randn(2, 5, 16).to(dtype)
+    scale, zero_point = choose_qparams(x, fmt)
+    expected = dequantize(quantize(x, scale, zero_point, fmt), scale, zero_point, fmt)
+    assert torch.equal(fake_quantize_input(x, fmt), expected)
+    assert torch.equal(fake_quantize_input(x, fmt, scale, zero_point), expected)

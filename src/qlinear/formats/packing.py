@@ -1,7 +1,7 @@
-"""Small codes to 32-bit words and back, one pair of functions per layout that stores them so.
+"""Small codes packed into 32-bit words, and unpacked: one pair of functions per layout.
 
-Nothing is rounded here: unpack(pack(codes)) is codes. Both layouts store a signed code as code + 2^(bits-1),
-so that words hold plain unsigned fields, the first in the least significant bits.
+Nothing is rounded here: unpack(pack(codes)) equals codes. Both layouts store a signed code as code + 2^(bits-1), so
+words hold unsigned fields, the first in the least significant bits.
 
     pack_words   compressed-tensors   fields in order, along the last dimension, the last word padded with zeros
     pack_awq     AWQ, GEMM version    eight 4-bit fields of a word in the order 0 2 4 6 1 3 5 7
@@ -10,33 +10,34 @@ so that words hold plain unsigned fields, the first in the least significant bit
 import torch
 from torch import Tensor
 
-# Field i of a word holds element AWQ_ORDER[i]: AWQ's kernel takes out even and odd halves with one mask each.
+# Field i of a word holds element AWQ_ORDER[i], so that AWQ's kernel reads even and odd halves with one mask each.
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
-    """Words of signed codes: int8 (*, n), each in -2^(bits-1) ... 2^(bits-1)-1, to int32 (*, ceil(n·bits/32)).
+    """Pack signed codes into words.
 
-    bits: 4 or 8. Element i of a row takes bits 4i (8i) and up of its row's words.
+    codes: int8 (*, n), each in -2^(bits-1) ... 2^(bits-1)-1. bits: 4 or 8. Returns int32 (*, ceil(n·bits/32)); element
+    i of a row takes bits 4i (8i) and up of the row's words.
     """
     fields = (codes.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
     return _to_words(torch.nn.functional.pad(fields, (0, -codes.shape[-1] % (32 // bits))), bits)
 
 
 def unpack_words(words: Tensor, bits: int, n: int) -> Tensor:
-    """Codes from words: the inverse of `pack_words`, int32 (*, w) to int8 (*, n)."""
+    """Unpack words, int32 (*, w), to codes, int8 (*, n): the inverse of `pack_words`."""
     fields = _to_fields(words, bits)[..., :n]
     return (fields.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
 
 
 def pack_awq(codes: Tensor) -> Tensor:
-    """AWQ words of signed 4-bit codes: int8 (*, n), n a multiple of 8, each in -8 ... 7, to int32 (*, n/8)."""
+    """Pack signed 4-bit codes, int8 (*, n) in -8 ... 7, n a multiple of 8, into AWQ's words, int32 (*, n/8)."""
     fields = (codes + 8).to(torch.uint8).reshape(*codes.shape[:-1], codes.shape[-1] // 8, 8)
     return _to_words(fields[..., list(AWQ_ORDER)].flatten(-2), 4)
 
 
 def unpack_awq(words: Tensor) -> Tensor:
-    """Codes from AWQ words: the inverse of `pack_awq`, int32 (*, w) to int8 (*, 8w)."""
+    """Unpack AWQ's words, int32 (*, w), to codes, int8 (*, 8w): the inverse of `pack_awq`."""
     fields = _to_fields(words, 4).view(*words.shape, 8)
     place = [AWQ_ORDER.index(element) for element in range(8)]
     codes: Tensor = fields[..., place].flatten(-2).to(torch.int8)
@@ -44,10 +45,10 @@ def unpack_awq(words: Tensor) -> Tensor:
 
 
 def _to_words(fields: Tensor, bits: int) -> Tensor:
-    """uint8 fields (*, n), n filling whole words, to int32; bytes of a word are little-endian, as torch's are."""
+    """uint8 fields (*, n) that fill whole words, to int32; bytes of a word are little-endian, as torch's are."""
     if bits == 4:
         fields = fields[..., 0::2] | (fields[..., 1::2] << 4)
-    # Flattened first: a transposed row counts as contiguous whatever its strides, and view minds strides.
+    # Flattened first, because a transposed row counts as contiguous with any strides, and view checks strides.
     return fields.reshape(-1).view(torch.int32).view(*fields.shape[:-1], fields.shape[-1] // 4)
 
 

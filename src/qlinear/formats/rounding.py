@@ -1,39 +1,47 @@
-"""Numbers to codes and back: the only place in qlinear that rounds.
+"""Numbers to codes and back. Nothing else in qlinear rounds.
 
-A tensor is seen as tiles that share a scale (`TensorFormat.tile`). Weights are rounded a few tiles at a time, in one
-small buffer: a float32 copy of a whole weight would be read from and written to main memory seven times over, and on
-the machines this runs on a fresh page costs more than the arithmetic done on it.
+    choose_qparams, qparams_from_range    scale and zero point
+    quantize, dequantize                  numbers to codes, codes to numbers
+    nearest_values, nearest_steps_        both at once, for searches
+    fake_quantize_input                   both at once, for an input
+    QuantizedTensor, quantize_tensor      codes with what is needed to read them; round to nearest
+
+A tensor consists of tiles that share a scale (`TensorFormat.tile`). Weights are rounded a few tiles at a time, in one
+small buffer. A float32 copy of a whole weight would pass through main memory seven times, and a fresh page of memory
+costs more than the arithmetic done on it.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 
-from ..errors import NumericsError
+from ..errors import NumericsError, SchemeError
 from .scheme import TensorFormat
 
 # Elements of a float32 working copy that stay in a core's cache.
 _CHUNK = 1 << 17
 _TINY = torch.finfo(torch.float32).tiny
-# Infinity's bits, in the dtypes that torch adds up slowly.
+# The bits of infinity, in the dtypes that torch sums slowly.
 _INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 
 
 def count_bad(x: Tensor) -> int:
-    """How many elements are NaN or infinite; where none is, one pass over x."""
+    """How many elements are NaN or infinite; one pass over x if none are."""
     if not x.is_floating_point() or x.numel() == 0 or _is_finite(x):
         return 0
     return int((~torch.isfinite(x)).sum())
 
 
 def _is_finite(x: Tensor) -> bool:
-    """Whether no element is NaN or infinite; may say no where large finite numbers add up to infinity."""
+    """Whether all elements are finite; may be False where large finite numbers sum to infinity."""
     infinity = _INFINITY.get(x.dtype)
     if infinity is None:
         return bool(torch.isfinite(x.sum(dtype=torch.float32)))
-    # The bits of magnitudes are in the order of the magnitudes, NaN above infinity; adding up is several times slower.
+    # The bits of magnitudes sort as the magnitudes do, NaN above infinity. A sum is several times slower.
     parts = torch.split(x.view(torch.int16).reshape(-1), _CHUNK)
     return all(int((part & 0x7FFF).amax()) < infinity for part in parts)
 
@@ -46,7 +54,7 @@ def require_finite(x: Tensor, name: str, hint: str = "") -> None:
 
 
 def _tiles(x: Tensor, fmt: TensorFormat) -> tuple[Tensor, tuple[int, ...]]:
-    """`x` padded and viewed as (..., row tiles, rows, column tiles, columns); the dims that share a scale."""
+    """`x` padded and viewed as (..., row tiles, rows, column tiles, columns), and the dims of a tile."""
     if fmt.granularity == "tensor":
         return x.reshape(1, -1), (1,)
     rows, columns = fmt.tile(x.shape)
@@ -59,7 +67,7 @@ def _tiles(x: Tensor, fmt: TensorFormat) -> tuple[Tensor, tuple[int, ...]]:
 
 
 def per_element(scale: Tensor, fmt: TensorFormat, shape: torch.Size) -> Tensor:
-    """A scale or zero point, shaped to broadcast against (or match) a tensor of `shape`."""
+    """A scale or zero point, expanded so that it broadcasts against a tensor of `shape`."""
     if fmt.granularity in ("tensor", "channel", "token"):
         return scale
     rows, columns = fmt.tile(shape)
@@ -95,7 +103,7 @@ def qparams_from_range(
         return scale_from_absmax(torch.maximum(high, -low), fmt, scale_dtype), None
     first, last = fmt.code_range
     low, high = low.clamp(max=0), high.clamp(min=0)
-    # Each end is divided on its own: high - low may overflow where both are finite.
+    # Each end is divided on its own, because high - low may overflow where both are finite.
     scale = _nonzero(high / (last - first) - low / (last - first), scale_dtype)
     return scale, (first - low / scale).round().clamp(first, last)
 
@@ -106,7 +114,7 @@ def scale_from_absmax(absmax: Tensor, fmt: TensorFormat, scale_dtype: torch.dtyp
 
 
 def _nonzero(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
-    """`scale` as it will be stored, and 1 where it is zero there (or no more than float32 arithmetic keeps)."""
+    """`scale` rounded to its stored dtype; 1 where that is zero, or subnormal in float32."""
     stored = scale if scale_dtype == scale.dtype else scale.to(scale_dtype).float()
     return torch.threshold(stored, _TINY, 1.0)
 
@@ -121,7 +129,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: TensorFor
 
 
 def _round_(scaled: Tensor, zero_point: Tensor | None, fmt: TensorFormat) -> Tensor:
-    """What has been divided by its scale becomes codes, in place."""
+    """Values divided by their scale to codes, in place."""
     if not fmt.is_float:
         scaled.round_()
     if zero_point is not None:
@@ -138,14 +146,18 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: Ten
 
 
 def nearest_values(x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: TensorFormat) -> Tensor:
-    """`dequantize` of `quantize` for float32 x, its scales such as broadcast against it: for searches, which keep no
-    codes."""
+    """`dequantize` of `quantize` without the codes, for searches.
+
+    x: float32. scale, zero_point: broadcast against x.
+    """
     return nearest_steps_(x / scale, zero_point, fmt).mul_(scale)
 
 
 def nearest_steps_(scaled: Tensor, zero_point: Tensor | None, fmt: TensorFormat) -> Tensor:
-    """Float32 that has been divided by its scale becomes the nearest that codes stand for, in place: codes less their
-    zero point, which broadcasts against them."""
+    """Values divided by their scale to the nearest grid points, in place.
+
+    scaled: float32. zero_point: broadcasts against it. A grid point is a code minus its zero point.
+    """
     if fmt.is_float:
         return scaled.copy_(scaled.clamp_(*fmt.code_range).to(fmt.storage))
     scaled.round_()
@@ -154,9 +166,22 @@ def nearest_steps_(scaled: Tensor, zero_point: Tensor | None, fmt: TensorFormat)
     return scaled.add_(zero_point).clamp_(*fmt.code_range).sub_(zero_point)
 
 
+def fake_quantize_input(
+    x: Tensor, fmt: TensorFormat, scale: Tensor | None = None, zero_point: Tensor | None = None
+) -> Tensor:
+    """The numbers that a layer computes with where its scheme rounds the input: `dequantize` of `quantize`.
+
+    x: (*, in), any float dtype. scale, zero_point: the static ones, broadcasting against x; without a scale both are
+    chosen from x. Returns the shape of x, float32.
+    """
+    if scale is None:
+        scale, zero_point = choose_qparams(x, fmt)
+    return dequantize(quantize(x, scale, zero_point, fmt), scale, zero_point, fmt)
+
+
 @dataclass(frozen=True, slots=True)
 class QuantizedTensor:
-    """Codes with what is needed to read them: what every algorithm returns and every layout writes.
+    """Codes with what is needed to read them. Algorithms return it, and layouts write it.
 
     codes: (..., out, in), `format.storage`. scale: `format.scale_shape(codes.shape)`, float32.
     zero_point: the scale's shape, float32 holding integers, None if symmetric.
@@ -168,14 +193,51 @@ class QuantizedTensor:
     format: TensorFormat
 
     def dequantize(self) -> Tensor:
-        """The numbers that the codes stand for, float32."""
+        """The numbers that the codes stand for, float32, the shape of the codes."""
         return dequantize(self.codes, self.scale, self.zero_point, self.format)
+
+    def rows(self, part: slice) -> "QuantizedTensor":
+        """The rows of a matrix in `part`, as views. Raises SchemeError for less than all where rows share scales."""
+        if part.indices(len(self.codes)) == (0, len(self.codes), 1):
+            return self
+        if self.format.granularity in ("tensor", "block"):
+            raise SchemeError(
+                f"granularity {self.format.granularity!r} shares scales between rows: take all of them"
+            )
+        return self._map(itemgetter(part))
+
+    def unstack(self) -> list["QuantizedTensor"]:
+        """The members of a stack (n, ..., out, in), as views: the inverse of `stack`."""
+        return [self._map(itemgetter(i)) for i in range(len(self.codes))]
+
+    @staticmethod
+    def concatenate(parts: "Sequence[QuantizedTensor]") -> "QuantizedTensor":
+        """One matrix from runs of its rows, all of one format."""
+        return parts[0] if len(parts) == 1 else _joined(parts, torch.cat)
+
+    @staticmethod
+    def stack(members: "Sequence[QuantizedTensor]") -> "QuantizedTensor":
+        """A stack (n, ..., out, in) of tensors of one shape and format."""
+        return _joined(members, torch.stack)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "QuantizedTensor":
+        zero_point = None if self.zero_point is None else change(self.zero_point)
+        return QuantizedTensor(change(self.codes), change(self.scale), zero_point, self.format)
+
+
+def _joined(parts: Sequence[QuantizedTensor], join: Callable[[list[Tensor]], Tensor]) -> QuantizedTensor:
+    """Several tensors of one format as one."""
+    zeros = [part.zero_point for part in parts if part.zero_point is not None]
+    return QuantizedTensor(
+        join([part.codes for part in parts]), join([part.scale for part in parts]),
+        join(zeros) if zeros else None, parts[0].format,
+    )  # fmt: skip
 
 
 def quantize_tensor(
     x: Tensor, fmt: TensorFormat, name: str = "weight", scale_dtype: torch.dtype = torch.float32
 ) -> QuantizedTensor:
-    """Round to nearest: the extremes of each tile give its scale.
+    """Round to nearest, with scales from the extremes of each tile.
 
     x: (..., out, in), any float dtype. Raises NumericsError, with `name`, on NaN or infinity, and SchemeError
     where the format does not fit the shape.
@@ -184,14 +246,16 @@ def quantize_tensor(
         require_finite(x, name)
         scale, zero_point = choose_qparams(x, fmt, scale_dtype)
         return QuantizedTensor(quantize(x, scale, zero_point, fmt), scale, zero_point, fmt)
-    made = _quantize_tiles(x, fmt, scale_dtype)
-    if not x.is_meta and not made.scale.isfinite().all():  # NaN and infinity reach the extremes of their tile
+    quantized = _quantize_tiles(x, fmt, scale_dtype)
+    if (
+        not x.is_meta and not quantized.scale.isfinite().all()
+    ):  # NaN and infinity reach the extremes of their tile
         require_finite(x, name)
-    return made
+    return quantized
 
 
 def _quantize_tiles(x: Tensor, fmt: TensorFormat, scale_dtype: torch.dtype) -> QuantizedTensor:
-    """`quantize_tensor` where a tile is a row, or a part of one: as many at a time as a cache holds."""
+    """`quantize_tensor` for tiles within a row, as many at a time as a cache holds."""
     shape = fmt.scale_shape(x.shape)
     tiles = x.reshape(math.prod(shape), -1)
     by_row = replace(fmt, granularity="channel", group_size=None)

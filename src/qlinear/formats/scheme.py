@@ -1,7 +1,7 @@
-"""What a quantized layer is made of: the format of one tensor, and a scheme of two of them.
+"""Formats and schemes: how numbers become codes, and which elements share a scale.
 
-A `TensorFormat` says how numbers become codes and how many share one scale. Every granularity is a tile over
-the last two dimensions, so one rule gives the shape of the scales, and one loop in `numerics` does the rounding:
+A `TensorFormat` describes one tensor; a `Scheme` is the format of a layer's weight and of its input. Every granularity
+is a tile over the last two dimensions, so one rule gives the shape of the scales, and `rounding` needs one loop:
 
     granularity    tile              scales of a (1024, 512) weight
     tensor         the whole tensor  (1,)
@@ -31,17 +31,17 @@ _STORAGE = {
     "float8_e5m2": torch.float8_e5m2,
 }
 _INTEGER_RANGE = {"int8": (-128, 127), "uint8": (0, 255), "int4": (-8, 7)}
-# absmax / steps is the symmetric scale. int4 uses half a step more than its highest code: with the codes
-# -8 ... 7 that costs a Gaussian group 11% less squared error than 7 does.
+# The symmetric scale is absmax / steps. int4 uses half a step more than its highest code: with the codes -8 ... 7 a
+# Gaussian group then has 11% less squared error than with 7.
 _STEPS = {"int8": 127.0, "uint8": 127.0, "int4": 7.5, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
 
 
 @dataclass(frozen=True, slots=True)
 class TensorFormat:
-    """How one tensor is turned into codes.
+    """How one tensor becomes codes.
 
-    dtype: what a code is. granularity: which elements share a scale. group_size: elements along `in` per scale
-    (granularity "group"). block_size: (out, in) of a tile (granularity "block"). symmetric: no zero point.
+    dtype: of a code. granularity: which elements share a scale. group_size: elements along `in` per scale, for
+    granularity "group". block_size: (out, in) of a tile, for granularity "block". symmetric: without a zero point.
     dynamic: scales are computed from each input at run time (activations only).
 
     >>> TensorFormat("int8", "channel").scale_shape((1024, 512))
@@ -101,7 +101,7 @@ class TensorFormat:
 
     @property
     def steps(self) -> float:
-        """What absmax is divided by to give the symmetric scale."""
+        """The divisor of the symmetric scale, absmax / steps."""
         return _STEPS[self.dtype]
 
     def tile(self, shape: Sequence[int]) -> tuple[int, int]:
@@ -162,7 +162,7 @@ def _int4(group_size: int, symmetric: bool = True) -> TensorFormat:
     return TensorFormat("int4", "group", group_size=group_size, symmetric=symmetric)
 
 
-# The presets are values, not behaviour: nothing below branches on a name.
+# Presets are values: no code branches on their names.
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import QLinearError
-from ..formats.rounding import dequantize, qparams_from_range, quantize, require_finite
+from ..formats.rounding import fake_quantize_input, qparams_from_range, require_finite
 from ..formats.scheme import TensorFormat
 
 RangeMethod = Literal["minmax", "percentile", "least_squares"]
@@ -67,6 +67,5 @@ def _least_squares(values: Tensor, fmt: TensorFormat) -> tuple[Tensor, Tensor]:
 
 
 def _squared_error(values: Tensor, low: Tensor, high: Tensor, fmt: TensorFormat) -> Tensor:
-    scale, zero_point = qparams_from_range(low.view(1), high.view(1), fmt)
-    rounded = dequantize(quantize(values, scale, zero_point, fmt), scale, zero_point, fmt)
+    rounded = fake_quantize_input(values, fmt, *qparams_from_range(low.view(1), high.view(1), fmt))
     return (rounded - values).square_().sum(dtype=torch.float64)

@@ -33,7 +33,8 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: Tens
     """What x's codes stand for, float32, with the gradients that training needs.
 
     x: (*, in). scale, zero_point: `fmt.scale_shape(x.shape)`, float32. The values are exactly those of
-    `dequantize(quantize(x, ...), ...)`. Gradients reach x where it is not clipped, and `scale`.
+    `dequantize(quantize(x, ...), ...)`, as in `fake_quantize_input`. Gradients reach x where it is not clipped, and
+    `scale`.
     """
     step = per_element(scale, fmt, x.shape)
     zero = torch.zeros_like(step) if zero_point is None else per_element(zero_point, fmt, x.shape)

@@ -20,6 +20,7 @@ from ..formats.rounding import (
     QuantizedTensor,
     choose_qparams,
     dequantize,
+    fake_quantize_input,
     qparams_from_range,
     quantize,
     quantize_tensor,
@@ -349,12 +350,7 @@ class QLinear(nn.Module):
         return y.to(x.dtype)
 
     def _round_input(self, x: Tensor, activation: TensorFormat) -> Tensor:
-        scale, zero_point = self.input_scale, self.input_zero_point
-        if scale is None:
-            scale, zero_point = choose_qparams(x.detach(), activation)
-        rounded = dequantize(
-            quantize(x.detach(), scale, zero_point, activation), scale, zero_point, activation
-        )
+        rounded = fake_quantize_input(x.detach(), activation, self.input_scale, self.input_zero_point)
         return x + (rounded - x).detach() if x.requires_grad else rounded
 
     def _check(self, x: Tensor) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint.layouts.base import QuantizedLinear
-from ..formats.rounding import QuantizedTensor, choose_qparams, dequantize, quantize
+from ..formats.rounding import QuantizedTensor, choose_qparams, fake_quantize_input
 from ..nn.qat import fake_quantize
 from .block_state import Findings
 from .quantize_groups import Rounded
@@ -58,11 +58,8 @@ def quantizing_inputs(block: nn.Module, rounded: Sequence[Rounded]) -> Iterator[
 
 def _copy_experts(weight: QuantizedTensor, stack: Tensor) -> None:
     """Experts (experts, out, in), one at a time."""
-    for i, expert in enumerate(stack):
-        zero_point = None if weight.zero_point is None else weight.zero_point[i]
-        expert.copy_(
-            QuantizedTensor(weight.codes[i], weight.scale[i], zero_point, weight.format).dequantize()
-        )
+    for expert, quantized in zip(stack, weight.unstack(), strict=True):
+        expert.copy_(quantized.dequantize())
 
 
 def _rounding_input(held: QuantizedLinear) -> Any:
@@ -74,14 +71,13 @@ def _rounding_input(held: QuantizedLinear) -> Any:
         x = args[0].float()
         if held.migration_scale is not None:
             x = x / held.migration_scale
-        if held.input_scale is None:
-            qparams = choose_qparams(x.detach(), activation)
-        else:
-            qparams = held.input_scale, held.input_zero_point
+        scale, zero_point = held.input_scale, held.input_zero_point
         if torch.is_grad_enabled():
-            x = fake_quantize(x, *qparams, activation)
+            if scale is None:
+                scale, zero_point = choose_qparams(x.detach(), activation)
+            x = fake_quantize(x, scale, zero_point, activation)
         else:
-            x = dequantize(quantize(x, *qparams, activation), *qparams, activation)
+            x = fake_quantize_input(x, activation, scale, zero_point)
         if held.migration_scale is not None:
             x = x * held.migration_scale
         return (x.to(args[0].dtype), *args[1:])

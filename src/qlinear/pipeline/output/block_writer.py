@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 
-import torch
 from torch import Tensor
 
 from ...algorithms.parts.smoothing_search import Search
@@ -143,7 +142,7 @@ class BlockWriter:
     def _write_stack(self, found: Findings, name: str, made: Sequence[Rounded]) -> Rounded:
         """Experts (experts, out, in) that the file holds one by one: each becomes a quantized linear there."""
         full = joined(found.name, name)
-        held = replace(made[0].held, weight=_stacked([each.held.weight for each in made]))
+        held = replace(made[0].held, weight=QuantizedTensor.stack([each.held.weight for each in made]))
         self._write_experts(full, held)
         error, rtn_error = (
             sum(values) / len(made) for values in ([e.error for e in made], [e.rtn_error for e in made])
@@ -271,11 +270,3 @@ def _with_shares(layers: Sequence[Layer]) -> list[Layer]:
     """Each layer with its share of the squared relative errors of all."""
     total = sum(layer.error**2 for layer in layers) or 1.0
     return [replace(layer, share=layer.error**2 / total) for layer in layers]
-
-
-def _stacked(weights: Sequence[QuantizedTensor]) -> QuantizedTensor:
-    zeros = [w.zero_point for w in weights if w.zero_point is not None]
-    return QuantizedTensor(
-        torch.stack([w.codes for w in weights]), torch.stack([w.scale for w in weights]),
-        torch.stack(zeros) if zeros else None, weights[0].format,
-    )  # fmt: skip
