@@ -1,6 +1,5 @@
 """GPTQ: against a transcription of the paper, and never above round to nearest."""
 
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from qlinear.algorithms import gptq
 from qlinear.algorithms.base import Group
-from qlinear.algorithms.gptq import Rounded, gptq
+from qlinear.algorithms.gptq import GptqResult, quantize_columns
 from qlinear.algorithms.parts.cholesky import factorize
 from qlinear.algorithms.parts.coordinate_descent import row_losses
 from qlinear.errors import NumericsError, SchemeError
@@ -41,7 +41,7 @@ def inputs(seed: int, columns: int, rank: int, tokens: int = 256, spread: float 
     return x * 10.0 ** (spread * (2 * torch.rand(columns, generator=generator) - 1))
 
 
-def moment_of(x: Tensor) -> Tensor:
+def hessian_of(x: Tensor) -> Tensor:
     return x.T @ x / len(x)
 
 
@@ -55,8 +55,14 @@ def group_of(weights: dict[str, Tensor], scheme: Scheme, hessian: Tensor, **more
     return Group(weights, scheme, unused, unused, unused, unused, hessian, **more)
 
 
-def made(weight: Tensor, scheme: Scheme, hessian: Tensor, **options: Any) -> Rounded:
-    return gptq(group_of({"w": weight}, scheme, hessian), **options)["w"]
+def result_of(weight: Tensor, scheme: Scheme, hessian: Tensor) -> GptqResult:
+    return quantize_columns(group_of({"w": weight}, scheme, hessian))["w"]
+
+
+@pytest.fixture
+def extremes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales from the extremes of each tile, as the paper has them."""
+    monkeypatch.setattr(gptq, "_RATIOS", (1.0,))
 
 
 def true_loss(weight: Tensor, quantized: Tensor, x: Tensor) -> Tensor:
@@ -78,10 +84,10 @@ def test_it_is_never_above_round_to_nearest(
 ) -> None:
     x = inputs(seed, 16 * tiles, rank=4, tokens=tokens, spread=spread)
     weight = weight_of(seed, rows, 16 * tiles)
-    result = made(weight, scheme, moment_of(x))
+    result = result_of(weight, scheme, hessian_of(x))
     ours = true_loss(weight, result.weight.dequantize(), x)
     nearest = true_loss(weight, quantize_tensor(weight, scheme.weight).dequantize(), x)
-    rounding = 1e-5 * nearest.sum() + 1e-6 * moment_of(x).trace()
+    rounding = 1e-5 * nearest.sum() + 1e-6 * hessian_of(x).trace()
     assert float(ours.sum()) <= float(nearest.sum() + rounding)
 
 
@@ -92,7 +98,7 @@ def test_with_correlated_inputs_it_loses_less_than_half_of_what_round_to_nearest
 ) -> None:
     x = inputs(seed, 192, rank=24, tokens=1000)
     weight = weight_of(seed, 64, 192)
-    result = made(weight, scheme, moment_of(x))
+    result = result_of(weight, scheme, hessian_of(x))
     ours = true_loss(weight, result.weight.dequantize(), x).sum()
     nearest = true_loss(weight, quantize_tensor(weight, scheme.weight).dequantize(), x).sum()
     assert ours < 0.5 * nearest
@@ -117,12 +123,16 @@ def paper(
 
 @pytest.mark.parametrize("scheme", SCHEMES[1:3], ids=lambda scheme: scheme.name)
 @pytest.mark.parametrize("columns", [32, 96, 208])
-def test_its_codes_are_those_of_the_paper(scheme: Scheme, columns: int) -> None:
+@pytest.mark.usefixtures("extremes")
+def test_its_codes_are_those_of_the_paper(
+    scheme: Scheme, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gptq, "_SWEEPS", 0)
     x = inputs(3, columns, rank=8, tokens=600, spread=0.3)
-    weight, hessian = weight_of(3, 40, columns), moment_of(x)
+    weight, hessian = weight_of(3, 40, columns), hessian_of(x)
     factor = factorize(hessian)
     assert factor is not None
-    result = made(weight, scheme, hessian, grid="extremes", sweeps=0)
+    result = result_of(weight, scheme, hessian)
     assert result.rows_kept == 0
     found = result.weight
     zero = torch.zeros_like(found.scale) if found.zero_point is None else found.zero_point
@@ -137,7 +147,7 @@ def test_its_codes_are_those_of_the_paper(scheme: Scheme, columns: int) -> None:
 
 
 def test_the_factor_multiplies_out_to_the_damped_moment() -> None:
-    hessian = moment_of(inputs(0, 60, rank=6, spread=3.0))
+    hessian = hessian_of(inputs(0, 60, rank=6, spread=3.0))
     hessian[7], hessian[:, 7] = 0, 0
     factor = factorize(hessian)
     assert factor is not None
@@ -156,35 +166,37 @@ def test_the_factor_multiplies_out_to_the_damped_moment() -> None:
 def test_the_factor_multiplies_as_the_moment_does(width: int, tokens: int, seed: int) -> None:
     x = inputs(seed, width, rank=6, tokens=tokens)
     x[:, 0] = 0
-    factor = factorize(moment_of(x))
+    factor = factorize(hessian_of(x))
     assert factor is not None
     columns = weight_of(seed, width, 3)
     whitened = factor.upper.T @ columns[factor.order]
-    expected = moment_of(x) @ columns
+    expected = hessian_of(x) @ columns
     size = float(expected.abs().max()) + float((factor.ridge.unsqueeze(1) * columns).abs().max())
     assert float((factor.times(columns, whitened) - expected).abs().max()) <= 1e-5 * size
 
 
+@pytest.mark.usefixtures("extremes")
 def test_channels_that_were_always_zero_are_rounded_to_nearest() -> None:
     x = inputs(5, 64, rank=4)
     x[:, 10:20] = 0
     weight, scheme = weight_of(5, 24, 64), SCHEMES[0]
-    result = made(weight, scheme, moment_of(x), grid="extremes")
+    result = result_of(weight, scheme, hessian_of(x))
     nearest = quantize_tensor(weight, scheme.weight)
     assert torch.equal(result.weight.codes[:, 10:20], nearest.codes[:, 10:20])
     assert not torch.equal(result.weight.codes, nearest.codes)
 
 
 @every_scheme
+@pytest.mark.usefixtures("extremes")
 def test_an_input_that_was_always_zero_gives_round_to_nearest(scheme: Scheme) -> None:
     weight = weight_of(1, 16, 32)
     hessian = torch.zeros(32, 32)
-    result = made(weight, scheme, hessian, grid="extremes")
+    result = result_of(weight, scheme, hessian)
     assert torch.equal(result.weight.codes.float(), quantize_tensor(weight, scheme.weight).codes.float())
 
 
 def test_damping_grows_until_it_is_enough_and_is_reported() -> None:
-    hessian = moment_of(inputs(0, 32, rank=4))
+    hessian = hessian_of(inputs(0, 32, rank=4))
     # Second moments that no inputs have, as rounding in a narrow dtype can leave them.
     vectors, values = torch.linalg.eigh(
         hessian / hessian.diagonal().sqrt() / hessian.diagonal().sqrt().unsqueeze(1)
@@ -200,7 +212,7 @@ def test_moments_beyond_repair_are_said_to_be_so() -> None:
     hessian = torch.eye(32) - 3 * (1 - torch.eye(32))
     assert factorize(hessian) is None
     weight = weight_of(0, 8, 32)
-    result = made(weight, SCHEMES[0], hessian)
+    result = result_of(weight, SCHEMES[0], hessian)
     assert result.fell_back
     assert result.rows_kept == 8
     assert torch.equal(result.weight.codes, quantize_tensor(weight, SCHEMES[0].weight).codes)
@@ -210,7 +222,7 @@ def test_damping_does_not_depend_on_the_sizes_of_channels() -> None:
     x = inputs(2, 48, rank=6, spread=0.0)
     order = torch.arange(48)
     size = 2.0 ** torch.randint(-8, 8, (48,), generator=torch.Generator().manual_seed(0))
-    plain, sized = factorize(moment_of(x)), factorize(moment_of(x * size))
+    plain, sized = factorize(hessian_of(x)), factorize(hessian_of(x * size))
     assert plain is not None
     assert sized is not None
     assert torch.equal(order, sized.order.sort().values)
@@ -220,7 +232,7 @@ def test_damping_does_not_depend_on_the_sizes_of_channels() -> None:
 @every_scheme
 def test_the_same_input_gives_the_same_codes(scheme: Scheme) -> None:
     x, weight = inputs(1, 96, rank=8), weight_of(1, 33, 96)
-    first, second = (made(weight, scheme, moment_of(x)) for _ in range(2))
+    first, second = (result_of(weight, scheme, hessian_of(x)) for _ in range(2))
     assert torch.equal(first.weight.codes.float(), second.weight.codes.float())
     assert torch.equal(first.weight.scale, second.weight.scale)
 
@@ -230,8 +242,8 @@ def test_the_same_input_gives_the_same_codes(scheme: Scheme) -> None:
 @given(rows=st.integers(1, 5), tiles=st.integers(1, 3))
 def test_any_shape_comes_back_as_it_went_in(scheme: Scheme, rows: int, tiles: int) -> None:
     columns = 16 * tiles
-    weight, hessian = weight_of(0, rows, columns), moment_of(inputs(0, columns, rank=2))
-    found = gptq(group_of({"w": weight}, scheme, hessian, scale_dtype=torch.bfloat16))["w"].weight
+    weight, hessian = weight_of(0, rows, columns), hessian_of(inputs(0, columns, rank=2))
+    found = quantize_columns(group_of({"w": weight}, scheme, hessian, scale_dtype=torch.bfloat16))["w"].weight
     low, high = scheme.weight.code_range
     assert found.codes.shape == weight.shape
     assert found.codes.is_contiguous()
@@ -243,13 +255,13 @@ def test_any_shape_comes_back_as_it_went_in(scheme: Scheme, rows: int, tiles: in
 
 @given(rows=st.integers(1, 9), columns=st.integers(1, 40), seed=st.integers(0, 1000))
 def test_losses_are_the_quadratic_form_of_each_row(rows: int, columns: int, seed: int) -> None:
-    error, hessian = weight_of(seed, rows, columns), moment_of(inputs(seed, columns, rank=2))
+    error, hessian = weight_of(seed, rows, columns), hessian_of(inputs(seed, columns, rank=2))
     expected = (error.double() @ hessian.double() * error.double()).sum(1)
     torch.testing.assert_close(row_losses(error.T, hessian).double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_losses_of_many_panels_are_those_of_one() -> None:
-    error, hessian = weight_of(0, 5, 1200), moment_of(inputs(0, 1200, rank=9))
+    error, hessian = weight_of(0, 5, 1200), hessian_of(inputs(0, 1200, rank=9))
     expected = (error.double() @ hessian.double() * error.double()).sum(1)
     torch.testing.assert_close(row_losses(error.T, hessian).double(), expected, rtol=1e-4, atol=1e-4)
 
@@ -265,15 +277,13 @@ def on_cores(count: int) -> Iterator[CoreThreads]:
 def test_weights_of_a_group_come_out_as_each_alone(
     scheme: Scheme, at_once: int, cores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["qlinear.algorithms.gptq"], "_AT_ONCE", at_once)
-    monkeypatch.setattr(
-        sys.modules["qlinear.algorithms.gptq"], "on_each_core_or_here", lambda device, most: on_cores(cores)
-    )
-    hessian = moment_of(inputs(3, 48, rank=6))
+    monkeypatch.setattr(gptq, "_AT_ONCE", at_once)
+    monkeypatch.setattr(gptq, "on_each_core_or_here", lambda device, max_threads: on_cores(cores))
+    hessian = hessian_of(inputs(3, 48, rank=6))
     weights = {name: weight_of(i, rows, 48) for i, (name, rows) in enumerate((("q", 16), ("k", 7), ("v", 1)))}
-    together = gptq(group_of(weights, scheme, hessian))
+    together = quantize_columns(group_of(weights, scheme, hessian))
     for name, weight in weights.items():
-        alone = made(weight, scheme, hessian)
+        alone = result_of(weight, scheme, hessian)
         # Products of other shapes add up in another order.
         torch.testing.assert_close(together[name].weight.scale, alone.weight.scale)
         assert torch.equal(together[name].weight.codes.float(), alone.weight.codes.float())
@@ -281,9 +291,9 @@ def test_weights_of_a_group_come_out_as_each_alone(
 
 
 def test_weights_that_train_are_rounded_like_others() -> None:
-    weight, hessian = weight_of(5, 12, 48), moment_of(inputs(5, 48, rank=6))
-    expected = made(weight, SCHEMES[1], hessian).weight
-    found = made(weight.requires_grad_(), SCHEMES[1], hessian).weight
+    weight, hessian = weight_of(5, 12, 48), hessian_of(inputs(5, 48, rank=6))
+    expected = result_of(weight, SCHEMES[1], hessian).weight
+    found = result_of(weight.requires_grad_(), SCHEMES[1], hessian).weight
     assert torch.equal(found.codes, expected.codes)
     assert not found.scale.requires_grad
 
@@ -292,12 +302,14 @@ def test_mistakes_are_named() -> None:
     weight, hessian = torch.ones(4, 32), torch.eye(32)
     broken = torch.where(torch.arange(128).view(4, 32) == 40, torch.nan, weight)
     with pytest.raises(NumericsError, match=r"q_proj holds 1 NaN"):
-        gptq(group_of({"q_proj": broken}, SCHEMES[0], hessian))
+        quantize_columns(group_of({"q_proj": broken}, SCHEMES[0], hessian))
     with pytest.raises(NumericsError, match=r"second moment of q_proj holds 1024 NaN"):
         factorize(hessian * torch.nan, name="q_proj")
-    with pytest.raises(NumericsError, match=r"moment must be \(in, in\) of q_proj \(4, 32\); got \(16, 16\)"):
-        gptq(group_of({"q_proj": weight}, SCHEMES[0], torch.eye(16)))
+    with pytest.raises(
+        NumericsError, match=r"hessian must be \(in, in\) of q_proj \(4, 32\); got \(16, 16\)"
+    ):
+        quantize_columns(group_of({"q_proj": weight}, SCHEMES[0], torch.eye(16)))
     with pytest.raises(NumericsError, match="second moments of the input of q_proj; the group has none"):
-        gptq(replace(group_of({"q_proj": weight}, SCHEMES[0], hessian), hessian=None))
+        quantize_columns(replace(group_of({"q_proj": weight}, SCHEMES[0], hessian), hessian=None))
     with pytest.raises(SchemeError, match="not divisible by group_size 16"):
-        gptq(group_of({"w": torch.ones(4, 20)}, SCHEMES[1], torch.eye(20)))
+        quantize_columns(group_of({"w": torch.ones(4, 20)}, SCHEMES[1], torch.eye(20)))

@@ -365,7 +365,7 @@ def test_ctrl_c_ends_it_with_one_line(
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(qlinear.pipeline.quantize_groups, "round_to_nearest", interrupt)
+    monkeypatch.setattr(qlinear.algorithms.rtn, "round_to_nearest", interrupt)
     ran = run("quantize", pristine, tmp_path / "out", *QUICK)
     assert (ran.code, ran.out, ran.err.count("\n")) == (130, "", 1)
     assert not (tmp_path / "out" / "config.json").exists()

@@ -1,12 +1,14 @@
 """AWQ: scale up the columns that matter, and clip the ranges that do not (Lin et al. 2023).
 
-Scales (their eq. 4-5): s = a^α / w^(1-α), a the input's mean magnitude, w the mean relative magnitude of the column,
-normalised by sqrt(max s · min s); α of 20 grid points with the least error of the group's real outputs. A large input
-channel meets a finer grid in its column, at the cost of its neighbours' in the same group.
+Scales (their eq. 4-5)
+    s = a^α / w^(1-α), normalised by sqrt(max s · min s). a is the mean magnitude of the input channel, w the mean
+    relative magnitude of the weight column. α is the one of 20 grid points with the least output error of the group.
+    A large input channel then meets a finer grid in its column; the neighbours in the same quantization group pay.
 
-Clipping (section 3.2): the range of each row's group is narrowed to the share r with the least output error of that
-group alone, e H_g eᵀ, e = w - Q_r(w), H_g the second moments of its input channels on the sample. What is gained group
-by group can be lost between them, so a weight keeps its whole ranges where clipping is not better on all of its output.
+Clipping (section 3.2)
+    The range of each row's group is narrowed to the share r with the least output error of that group alone:
+    e H_g eᵀ, e = w - Q_r(w), with H_g the hessian of the group's input channels on the sample. Errors of different
+    groups can add up, so a weight keeps its full ranges unless clipping lowers the error of its whole output.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,31 +18,33 @@ import torch
 from torch import Tensor
 
 from ..formats.rounding import QuantizedTensor, quantize, quantize_tensor
-from .base import Group
+from .base import Algorithm, Codes, Group
 from .parts.clipping import ENDS, least_error_qparams
-from .parts.smoothing_search import OFF, Point, Search, scale_at, search
+from .parts.smoothing_search import OFF, Point, Search, search
 
 POINTS = tuple(Point(i / 20, "awq") for i in range(20))
 
 
 def search_scale(
     groups: Sequence[Group],
-    scales_at: Callable[[Point], Sequence[Tensor]] | None = None,
+    scales_at: Callable[[Point], Sequence[Tensor]],
     points: Sequence[Point] = POINTS,
     of_others: Callable[[Point], Sequence[Tensor]] | None = None,
 ) -> Search:
-    """AWQ's alpha of least output error; s = 1, which leaves the group alone, unless some alpha is better.
+    """AWQ's α of least output error; s = 1, which leaves the group unsmoothed, unless some α is better.
 
-    groups, scales_at, of_others: as for `search_alpha`. Weights are rounded with the ends of their ranges free to move
-    by half a step, as `clip` will at least do. Raises NumericsError, naming the weight, on NaN or infinity.
+    groups, scales_at, of_others: as for `search_alpha`. Weights are rounded with ranges that may grow or shrink by half
+    a step, the least that `clip` does later. Raises NumericsError, naming the weight, on NaN or infinity.
     """
-    scales_at = scales_at or (lambda p: [scale_at(group, p) for group in groups])
     return search(groups, scales_at, points, OFF, ENDS, of_others)
 
 
 @dataclass(frozen=True, slots=True)
 class Clipped:
-    """One weight's codes, and the squared error of its output on the sample; rtn_error is round to nearest's."""
+    """The codes of one weight.
+
+    error: the squared error of its output on the sample. rtn_error: that of round to nearest.
+    """
 
     weight: QuantizedTensor
     error: float
@@ -48,13 +52,25 @@ class Clipped:
 
 
 def clip(group: Group) -> Mapping[str, Clipped]:
-    """Codes of each weight, its ranges clipped where that lowers the error of its output on the sample.
+    """Codes of each weight, with clipped ranges where that lowers the error of its output on the sample.
 
-    group: as it will be quantized, smoothed already. Raises NumericsError, naming the weight, on NaN or infinity.
+    group: smoothed already. Raises NumericsError, naming the weight, on NaN or infinity.
     """
     hessians = _hessians(group)
     x = group.quantized_sample()
     return {name: _clip(name, weight, group, hessians, x) for name, weight in group.weights.items()}
+
+
+class Awq(Algorithm):
+    """`--algorithm awq`: clipping here; its scales are the default smoothing, `search_scale`."""
+
+    name = "awq"
+    needs = frozenset({"sample"})
+    default_smooth = "awq"
+
+    def quantize(self, group: Group) -> dict[str, Codes]:
+        """Codes of every weight; see `clip`."""
+        return {name: Codes(clipped.weight) for name, clipped in clip(group).items()}
 
 
 def _clip(name: str, weight: Tensor, group: Group, hessians: Tensor, x: Tensor) -> Clipped:
@@ -64,13 +80,13 @@ def _clip(name: str, weight: Tensor, group: Group, hessians: Tensor, x: Tensor) 
     clipped = QuantizedTensor(quantize(weight, scale, zero_point, fmt), scale, zero_point, fmt)
     exact = group.sample @ weight.T
     rtn_error, error = (
-        float((x @ each.dequantize().T).sub_(exact).square_().sum()) for each in (nearest, clipped)
+        float((x @ quantized.dequantize().T).sub_(exact).square_().sum()) for quantized in (nearest, clipped)
     )
     return Clipped(clipped, error, rtn_error) if error < rtn_error else Clipped(nearest, rtn_error, rtn_error)
 
 
 def _hessians(group: Group) -> Tensor:
-    """Second moments of the sample: within each group of channels (groups, g, g), or of each channel alone (in,)."""
+    """The mean of x xᵀ over the sample: of each group of channels (groups, g, g), or its diagonal (in,)."""
     size = group.scheme.weight.group_size
     if size is None:
         return group.sample.square().mean(0)

@@ -1,25 +1,32 @@
-"""The unit of the algorithms: the weights that read one tensor, and what is known of that tensor.
+"""What algorithms work on, and what they return.
 
-q, k and v read the same input, as gate and up do: whatever is derived from the input (its second moments and their
-factorization, a smoothing vector) is derived once for all of them. Plain tensors and a scheme, nothing of the model.
+Group        weights that read one tensor, with the statistics of that tensor
+Codes        the result for one weight
+Algorithm    the protocol
+
+q, k and v read the same input, and so do gate and up. Work on the input (its hessian and the factors of that, a
+smoothing vector) is done once per group. There are only plain tensors and a scheme here, nothing of the model.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from ..formats.rounding import choose_qparams, dequantize, qparams_from_range, quantize
+from ..formats.rounding import QuantizedTensor, fake_quantize_input, qparams_from_range
 from ..formats.scheme import Scheme
+
+Need = Literal["hessian", "sample", "rounded_input"]
 
 
 @dataclass(frozen=True, slots=True)
 class RoundedInput:
-    """What rounding makes of an input x (tokens, in): x̂, and e = x - x̂ lost, over some tokens; float32.
+    """How rounding changes an input x (tokens, in): x̂ is the rounded input and e = x - x̂ the error; float32.
 
-    moment: the mean of x̂ x̂ᵀ (in, in). drift: the mean of e x̂ᵀ (in, in), which is 0 where what is lost has nothing to
-    do with what is left. tokens: how many there were.
+    hessian: the mean of x̂ x̂ᵀ (in, in). drift: the mean of e x̂ᵀ (in, in), 0 where the error is uncorrelated with the
+    rounded input. tokens: how many the means are over.
     """
 
     hessian: Tensor
@@ -36,13 +43,13 @@ class RoundedInput:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Weights that read one tensor x (tokens, in), and statistics of x; all float32 but the codes to come.
+    """Weights that read one tensor x (tokens, in), and statistics of x; all tensors float32.
 
     weights: by name, each (out_i, in). low, high, absmean: (in,), the least, the greatest and the mean magnitude of
-    each channel of x. sample: some tokens of x (n, in). moment: the mean of x xᵀ over all tokens (in, in), None where
-    no algorithm asks for it. scale_dtype: what the weights' scales are rounded to before codes are chosen. others: low
-    and high of tokens apart from the sample, None if there are none. rounded_input: what becomes of x as the scheme
-    rounds it, of one half of the tokens and of the other; None where that is not known or not done.
+    each channel of x. sample: some tokens of x (n, in). hessian: the mean of x xᵀ over all tokens (in, in), None if no
+    algorithm needs it. scale_dtype: the dtype that the weights' scales are rounded to before codes are chosen. others:
+    low and high of tokens apart from the sample, None if there are none. rounded_input: how the scheme's rounding
+    changes x, on the first and the second half of the tokens; None if unknown or unused.
     """
 
     weights: Mapping[str, Tensor]
@@ -62,7 +69,7 @@ class Group:
         return torch.maximum(self.high, -self.low)
 
     def divided(self, s: Tensor) -> "Group":
-        """The group with x divided by s (in,), and its weights left as they are: they hold s already."""
+        """The group with x divided by s (in,) and its weights unchanged, for weights that hold s already."""
         low, high = _divided(self.low, self.high, s)
         return replace(
             self,
@@ -76,12 +83,15 @@ class Group:
         )
 
     def smoothed(self, s: Tensor) -> "Group":
-        """The same group after x is divided by s (in,) and the columns of its weights are multiplied by it."""
+        """The group with x divided by s (in,) and the columns of its weights multiplied by s."""
         weights = {name: weight * s for name, weight in self.weights.items()}
         return replace(self.divided(s), weights=weights)
 
     def without_sample(self) -> "Group":
-        """The group as the other tokens have it: what a choice may know that is made by the error on the sample."""
+        """The group with the ranges of the tokens outside the sample.
+
+        A choice that is made by the error on the sample must not know the range of the sample.
+        """
         return self if self.others is None else replace(self, low=self.others[0], high=self.others[1])
 
     def quantized_sample(self) -> Tensor:
@@ -89,18 +99,45 @@ class Group:
         return self.rounded(self.sample)
 
     def rounded(self, x: Tensor) -> Tensor:
-        """Tokens x (n, in) as the layer will see them: through the codes of the scheme's activations, if it has any."""
+        """Tokens x (n, in) as the layer will see them: rounded as the scheme says, if it rounds inputs."""
         fmt = self.scheme.activation
         if fmt is None:
             return x
         if fmt.dynamic:
-            scale, zero_point = choose_qparams(x, fmt)
-        else:
-            scale, zero_point = qparams_from_range(self.low.min().view(1), self.high.max().view(1), fmt)
-        return dequantize(quantize(x, scale, zero_point, fmt), scale, zero_point, fmt)
+            return fake_quantize_input(x, fmt)
+        low, high = self.low.min().view(1), self.high.max().view(1)
+        return fake_quantize_input(x, fmt, *qparams_from_range(low, high, fmt))
 
 
 def _divided(low: Tensor, high: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """A range, each channel of it divided by s (in,), which may be negative."""
+    """A range with each channel divided by s (in,), which may be negative."""
     ends = low / s, high / s
     return torch.minimum(*ends), torch.maximum(*ends)
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """The result of an algorithm for one weight. note: what a user should know of it, None if nothing."""
+
+    weight: QuantizedTensor
+    note: str | None = None
+
+
+class Algorithm(Protocol):
+    """A way from weights to codes; the name decides nothing outside this object.
+
+    name: as `--algorithm` takes it. needs: which statistics of a group it reads; empty for weights alone. propagates:
+    whether, by default, each block is calibrated with the output of the quantized blocks before it. default_smooth: the
+    smoothing where the user asks for none in particular: SmoothQuant's α, or "awq" for AWQ's own search.
+    searches_ranges: whether it chooses the range of a 4-bit tile by error, so that a search for smoothing should too.
+    """
+
+    name: str
+    needs: frozenset[Need] = frozenset()
+    propagates: bool = True
+    default_smooth: float | Literal["awq"] = 0.5
+    searches_ranges: bool = True
+
+    def quantize(self, group: Group) -> dict[str, Codes]:
+        """Codes of each weight of a group, by name. group: smoothed already."""
+        ...

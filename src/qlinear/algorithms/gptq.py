@@ -1,24 +1,35 @@
-"""GPTQ: weights are rounded column by column, and each error is made up for by the columns still to come.
+"""GPTQ: weights are rounded column by column, and each error is compensated by the columns that follow.
 
-Frantar et al. 2022 (GPTQ), in the form of Chee et al. 2023 (QuIP, theorem 6), which is the same algorithm and needs
-no inverse. A layer's output error is a quadratic form in the weight's error E = W - Q, with H the mean of x xᵀ:
+The objective
+    Frantar et al. 2022 (GPTQ), in the form of Chee et al. 2023 (QuIP, theorem 6), which is the same algorithm and needs
+    no inverse. The output error of a layer is a quadratic form in the weight error E = W - Q, with H the mean of x xᵀ:
 
-    loss = tr(E H Eᵀ)        H + ridge = (I + U) D (I + U)ᵀ,  U strictly upper triangular, D diagonal
-         = Σ_k D_k |E_k + E_{<k} U_{<k,k}|²  - Σ_k ridge_k |E_k|²
+        loss = tr(E H Eᵀ)        H + ridge = (I + U) D (I + U)ᵀ,  U strictly upper triangular, D diagonal
+             = Σ_k D_k |E_k + E_{<k} U_{<k,k}|²  - Σ_k ridge_k |E_k|²
 
-Taken in order, term k is least when column k is rounded from its target W_k + E_{<k} U_{<k,k}. Columns with the
-largest second moment go first, when all others are still there to make up for them (activation order). The grid is
-fixed before that, so the codes of a group lie together as in any other checkpoint: no g_idx.
+    In this order, term k is least when column k is rounded from its target W_k + E_{<k} U_{<k,k}.
 
-Where inputs are rounded as well, H is of the rounded ones, and what is rounded is the weight that fits them (`fit`).
+The order
+    Columns with the largest hessian diagonal go first (activation order), while all others can still compensate them.
+    The grid is fixed before, so the codes of a group lie together as in any other checkpoint: no g_idx.
 
-The targets are gathered by halves: the left half of the columns is rounded, one matrix product brings its errors to
-the right half, and so on inside each. All work but the rounding is in large products; at any depth it fits a cache.
+The steps for each weight
+    1. Where inputs are rounded too, H is that of the rounded inputs, and the weight is first fitted to them
+       (`parts.input_error`; the idea of GPTAQ, Li et al. 2025).
+    2. Scales of least error are searched (`parts.clipping`).
+    3. Columns are rounded in order, here.
+    4. A row that came out no better than round to nearest starts from round to nearest instead.
+    5. Codes and scales descend further, one at a time (`parts.coordinate_descent`).
+    Steps 4 and 5 are not in the paper. With them the loss is never above that of round to nearest.
+
+The speed
+    Targets are collected by halves: the left half of the columns is rounded, one matrix product carries its errors to
+    the right half, and each half is treated the same way. All work but the rounding is in large products, and every
+    depth fits some cache.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,29 +38,34 @@ from ..errors import NumericsError
 from ..formats.rounding import QuantizedTensor, choose_qparams, require_finite
 from ..formats.scheme import TensorFormat
 from ..runtime.threads import on_each_core_or_here
-from .base import Group
+from .base import Algorithm, Codes, Group
 from .parts.cholesky import DAMPING, Factor, factorize
 from .parts.clipping import least_error_qparams
 from .parts.column_grid import FEW, ColumnGrid, by_halves
 from .parts.coordinate_descent import Descent, row_losses
 from .parts.input_error import fit_to_rounded_input
+from .rtn import RoundToNearest
 
-# Ranges to choose from: fewer than `grid.RATIOS`, since the descent moves the scales of groups on.
+# Ranges that a tile may choose from. Fewer than `clipping.RATIOS`, since the descent moves the scales of groups
+# further.
 _RATIOS = (1.0, 15 / 14, 0.92, 0.84, 0.76)
-# Elements of a weight that are worked on at once, as many of its rows as that makes: rows have nothing to do with
-# each other, so each core takes some, and the working copies are several times as large as this.
+# How often the descent visits every column.
+_SWEEPS = 2
+# Weight elements in work at once, over all cores. Rows are independent, so each core takes some of them; the working
+# copies are several times this size.
 _AT_ONCE = 1 << 25
-# Rows that a thread must have to be worth its while: an operation on fewer numbers is over sooner than it is called,
-# and threads that call wait for each other.
-_TALL = 1 << 12
+# Minimum rows per thread. Below this, call overhead dominates, and threads wait for each other.
+_ROWS_PER_THREAD = 1 << 12
+# A damping above this is reported: the first attempt, `DAMPING`, was not enough.
+_NOTABLE_DAMPING = 1.1 * DAMPING
 
 
 @dataclass(frozen=True, slots=True)
-class Rounded:
-    """What GPTQ made of one weight.
+class GptqResult:
+    """The codes of one weight.
 
-    damping: see `Factor`; None if the second moments could not be factorized, and the result is round to nearest.
-    rows_kept: how many rows GPTQ left no better than rounded to nearest, which the descent then began with.
+    damping: see `Factor`; None if the hessian could not be factorized, and the result is round to nearest. rows_kept:
+    how many rows started the descent from round to nearest, because GPTQ was no better there.
     """
 
     weight: QuantizedTensor
@@ -58,69 +74,94 @@ class Rounded:
 
     @property
     def fell_back(self) -> bool:
-        """Whether nothing but round to nearest was possible."""
+        """Whether the result is round to nearest, for want of a factor."""
         return self.damping is None
 
+    @property
+    def note(self) -> str | None:
+        """What a user should know of the result."""
+        if self.damping is None:
+            return "its second moments could not be factorized: rounded to nearest"
+        if self.damping > _NOTABLE_DAMPING:
+            return (
+                f"its second moments needed damping of {self.damping:.2g}: more calibration data would help"
+            )
+        return None
 
-def gptq(
-    group: Group,
-    *,
-    damping: float = DAMPING,
-    grid: Literal["least-error", "extremes"] = "least-error",
-    sweeps: int = 2,
-) -> dict[str, Rounded]:
-    """Codes of each weight of a group, whose output error on the calibration inputs is never above round to nearest's.
 
-    Where inputs are rounded, that is the error against the weight that fits them, as far as the fit is trusted (`fit`).
+class Gptq(Algorithm):
+    """`--algorithm gptq`; round to nearest where a group has no hessian."""
 
-    group: with second moments, of the input or of what rounding makes of it, and smoothed already. damping: see
-    `factorize`. grid: scales from `least_error_qparams`, or from the extremes of each tile. sweeps: of the descent that
-    follows. Raises NumericsError, naming the weight, on NaN or infinity or without second moments, and SchemeError
-    where the scheme does not fit.
+    name = "gptq"
+    needs = frozenset({"hessian", "rounded_input"})
+
+    def quantize(self, group: Group) -> dict[str, Codes]:
+        """Codes of every weight; see `quantize_columns`."""
+        if group.hessian is None and group.rounded_input is None:
+            return RoundToNearest().quantize(group)
+        return {name: Codes(result.weight, result.note) for name, result in quantize_columns(group).items()}
+
+
+def quantize_columns(group: Group, damping: float = DAMPING) -> dict[str, GptqResult]:
+    """Codes of each weight of a group; their output error on the calibration inputs is at most round to nearest's.
+
+    Where inputs are rounded, the error is measured against the weight that fits the rounded inputs, as far as that fit
+    is trusted (`fit_to_rounded_input`).
+
+    group: smoothed already, with a hessian or with rounded inputs. damping: see `factorize`. Raises NumericsError,
+    naming the weight, on NaN or infinity or without a hessian, and SchemeError where the scheme does not fit.
     """
     first, halves = next(iter(group.weights)), group.rounded_input
-    x = None if halves is None else halves[0] + halves[1]
-    hessian = group.hessian if x is None else x.hessian
+    both = None if halves is None else halves[0] + halves[1]
+    hessian = _checked_hessian(group, group.hessian if both is None else both.hessian)
+    factor = factorize(hessian, damping, first)
+    aims = group.weights
+    if halves is not None and both is not None and factor is not None:
+        aims = fit_to_rounded_input(group.weights, halves, both, factor)
+
+    def quantize_stack(stack: Sequence[tuple[str, slice]]) -> tuple[QuantizedTensor, Tensor]:
+        rows = _stacked(group.weights, stack)
+        aim = rows if aims is group.weights else _stacked(aims, stack)
+        return _quantize_rows(rows, aim, group, hessian, factor)
+
+    parts: dict[str, list[tuple[QuantizedTensor, int]]] = {name: [] for name in group.weights}
+    most_threads = sum(len(weight) for weight in group.weights.values()) // _ROWS_PER_THREAD
+    with on_each_core_or_here(hessian.device, max_threads=most_threads) as cores:
+        stacks = list(_stacks(group.weights, group.scheme.weight, cores.count))
+        for stack, (quantized, kept) in zip(stacks, cores.map(quantize_stack, stacks), strict=True):
+            start = 0
+            for name, rows in stack:
+                part = slice(start, start := start + rows.stop - rows.start)
+                parts[name].append((quantized.rows(part), int(kept[part].sum())))
+    used = None if factor is None else factor.damping
+    return {
+        name: GptqResult(
+            QuantizedTensor.concatenate([weight for weight, _ in runs]), used, sum(kept for _, kept in runs)
+        )
+        for name, runs in parts.items()
+    }
+
+
+def _checked_hessian(group: Group, hessian: Tensor | None) -> Tensor:
+    """The hessian. Raises NumericsError if it is None or does not fit a weight, or if a weight is not finite."""
     if hessian is None:
+        first = next(iter(group.weights))
         raise NumericsError(f"GPTQ needs the second moments of the input of {first}; the group has none")
     for name, weight in group.weights.items():
         require_finite(weight, name)
         if hessian.shape != (weight.shape[1],) * 2:
             raise NumericsError(
-                f"moment must be (in, in) of {name} {tuple(weight.shape)}; got {tuple(hessian.shape)}"
+                f"hessian must be (in, in) of {name} {tuple(weight.shape)}; got {tuple(hessian.shape)}"
             )
-    factor = factorize(hessian, damping, first)
-    aims = group.weights
-    if halves is not None and x is not None and factor is not None:
-        aims = fit_to_rounded_input(group.weights, halves, x, factor)
-
-    def rounded(stack: Sequence[tuple[str, slice]]) -> tuple[QuantizedTensor, Tensor]:
-        rows = _stacked(group.weights, stack)
-        aim = rows if aims is group.weights else _stacked(aims, stack)
-        return _round(rows, aim, group, hessian, factor, grid, sweeps)
-
-    parts: dict[str, list[tuple[QuantizedTensor, int]]] = {name: [] for name in group.weights}
-    tall = sum(len(weight) for weight in group.weights.values()) // _TALL
-    with on_each_core_or_here(hessian.device, max_threads=tall) as cores:
-        stacks = list(_stacks(group.weights, group.scheme.weight, cores.count))
-        for stack, (found, kept) in zip(stacks, cores.map(rounded, stacks), strict=True):
-            start = 0
-            for name, rows in stack:
-                part = slice(start, start := start + rows.stop - rows.start)
-                parts[name].append((_rows(found, part, len(kept)), int(kept[part].sum())))
-    used = None if factor is None else factor.damping
-    return {
-        name: Rounded(_joined([each for each, _ in made]), used, sum(kept for _, kept in made))
-        for name, made in parts.items()
-    }
+    return hessian
 
 
 def _stacks(
     weights: Mapping[str, Tensor], fmt: TensorFormat, cores: int
 ) -> Iterator[list[tuple[str, slice]]]:
-    """Weights that share second moments as runs of rows to work on at once: a column of all is one vector then.
+    """The rows of all weights in stacks to work on at once, so that one vector holds a column of several weights.
 
-    All cores together hold `_AT_ONCE`, each the same share.
+    Together the cores work on `_AT_ONCE` elements, each on an equal share.
     """
     if fmt.granularity in ("tensor", "block"):  # rows share scales
         yield from ([(name, slice(0, len(weight)))] for name, weight in weights.items())
@@ -141,65 +182,63 @@ def _stacks(
 
 
 def _stacked(weights: Mapping[str, Tensor], stack: Sequence[tuple[str, slice]]) -> Tensor:
-    """Those rows of the weights as one."""
+    """The rows of a stack as one matrix."""
     pieces = [weights[name][rows] for name, rows in stack]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-@torch.no_grad()  # which holds for a thread, and each core has its own
-def _round(
-    weight: Tensor,
-    aim: Tensor,
-    group: Group,
-    hessian: Tensor,
-    factor: Factor | None,
-    grid: Literal["least-error", "extremes"],
-    sweeps: int,
+@torch.no_grad()  # set per thread: gradient mode is local to a thread
+def _quantize_rows(
+    weight: Tensor, aim: Tensor, group: Group, hessian: Tensor, factor: Factor | None
 ) -> tuple[QuantizedTensor, Tensor]:
-    """Codes of a weight (out, in), and which rows (out,) GPTQ did not better. aim: what they are to come near to."""
+    """Codes of a weight (out, in), and which rows (out,) started from round to nearest.
+
+    aim: (out, in), what the codes should come close to; the weight, or the weight fitted to rounded inputs.
+    """
     fmt, targets = group.scheme.weight, aim.T.contiguous()
     nearest = ColumnGrid.of(choose_qparams(weight, fmt, group.scale_dtype), fmt, weight.shape)
     steps = nearest.round_all_(_copied_columns(weight))
     if factor is None:
         return nearest.quantized(steps), torch.ones_like(weight[:, 0], dtype=torch.bool)
     rtn_losses = row_losses(nearest.values(steps).sub_(targets), hessian)
-    found = nearest
-    if grid == "least-error":
-        qparams = least_error_qparams(aim, fmt, hessian.diagonal(), group.scale_dtype, _RATIOS)
-        found = ColumnGrid.of(qparams, fmt, weight.shape)
-    gradient, losses = _begin(targets, factor, found, out=steps)
+    qparams = least_error_qparams(aim, fmt, hessian.diagonal(), group.scale_dtype, _RATIOS)
+    grid = ColumnGrid.of(qparams, fmt, weight.shape)
+    gradient, losses = _propagate_with_gradient(targets, factor, grid, out=steps)
     kept = losses > rtn_losses
-    if fmt.granularity in ("tensor", "block"):  # rows share scales, and are kept or not together
+    if fmt.granularity in ("tensor", "block"):  # rows share scales, so they are kept together
         kept = (losses.sum() > rtn_losses.sum()).expand_as(kept)
-    descent = Descent(targets, steps, gradient, found, hessian, group.scale_dtype)
+    descent = Descent(targets, steps, gradient, grid, hessian, group.scale_dtype)
     if bool(kept.any()):
         descent.restart(kept, nearest, nearest.round_all_(_copied_columns(weight)))
-    descent.run(sweeps)
-    return found.quantized(descent.steps), kept
+    descent.run(_SWEEPS)
+    return grid.quantized(descent.steps), kept
 
 
 def _copied_columns(weight: Tensor) -> Tensor:
-    """A weight (out, in) as (in, out), to be worked on in place."""
+    """A copy of a weight (out, in) as (in, out), to be changed in place."""
     return weight.T.clone(memory_format=torch.contiguous_format)
 
 
-def _begin(targets: Tensor, factor: Factor, grid: ColumnGrid, out: Tensor) -> tuple[Tensor, Tensor]:
-    """What the descent begins with: the steps that GPTQ gives, in `out`; their gradient (in, out), and the loss of each
-    row (out,)."""
-    rest = _propagate(targets, factor, grid, out)
+def _propagate_with_gradient(
+    targets: Tensor, factor: Factor, grid: ColumnGrid, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """GPTQ's steps, in `out`. Returns the gradient (in, out) and the loss of each row (out,) there."""
+    whitened = _propagate(targets, factor, grid, out)
     values = grid.values(out)
-    rest.sub_(values[factor.order])
+    whitened.sub_(values[factor.order])
     error = torch.sub(targets, values, out=values)
-    gradient = factor.times(error, whitened=rest)
+    gradient = factor.times(error, whitened=whitened)
     return gradient, error.mul_(gradient).sum(0)
 
 
 def _propagate(targets: Tensor, factor: Factor, grid: ColumnGrid, out: Tensor) -> Tensor:
-    """Round each column from its target to steps on a grid that is given, in `out`; those targets (in, out), in the
-    factor's order."""
+    """Round each column (out,) from its compensated target to steps of a fixed grid, in `out`.
+
+    Returns the compensated targets (in, out), in the factor's order.
+    """
     order, upper = factor.order.tolist(), factor.upper
-    rest, errors = targets[factor.order], torch.empty_like(targets)
-    exact, target, error, step = targets.unbind(), rest.unbind(), errors.unbind(), out.unbind()
+    compensated, errors = targets[factor.order], torch.empty_like(targets)
+    exact, target, error, step = targets.unbind(), compensated.unbind(), errors.unbind(), out.unbind()
     near = [upper.diagonal(distance).tolist() for distance in range(FEW)]
 
     def visit(start: int, stop: int) -> None:
@@ -212,26 +251,7 @@ def _propagate(targets: Tensor, factor: Factor, grid: ColumnGrid, out: Tensor) -
             torch.addcmul(exact[at], here, scale, value=-1, out=error[column])
 
     def carry(done: slice, to: slice) -> None:
-        rest[to].addmm_(upper[done, to].T, errors[done])
+        compensated[to].addmm_(upper[done, to].T, errors[done])
 
     by_halves(0, len(order), FEW, visit, carry)
-    return rest
-
-
-def _rows(weight: QuantizedTensor, part: slice, of: int) -> QuantizedTensor:
-    """Some of the rows of a weight; all, where they share scales."""
-    if part == slice(0, of):
-        return weight
-    zero_point = None if weight.zero_point is None else weight.zero_point[part]
-    return QuantizedTensor(weight.codes[part], weight.scale[part], zero_point, weight.format)
-
-
-def _joined(parts: list[QuantizedTensor]) -> QuantizedTensor:
-    """A weight from runs of its rows."""
-    if len(parts) == 1:
-        return parts[0]
-    zeros = [part.zero_point for part in parts if part.zero_point is not None]
-    return QuantizedTensor(
-        torch.cat([part.codes for part in parts]), torch.cat([part.scale for part in parts]),
-        torch.cat(zeros) if zeros else None, parts[0].format,
-    )  # fmt: skip
+    return compensated

@@ -1,7 +1,7 @@
-"""Round to nearest: every weight goes to the closest code of its own row, group or tensor.
+"""Round to nearest: each weight takes the closest code of its own row, group or tensor.
 
-No data is needed. For int8 per channel it is all that is needed once the activations have been smoothed; it is
-also what every other algorithm is measured against.
+It needs no data. For int8 per channel nothing more is needed once the activations are smoothed. All other algorithms
+are measured against it.
 """
 
 import torch
@@ -9,13 +9,30 @@ from torch import Tensor
 
 from ..formats.rounding import QuantizedTensor, quantize_tensor
 from ..formats.scheme import Scheme
+from .base import Algorithm, Codes, Group
 
 
 def round_to_nearest(
     weight: Tensor, scheme: Scheme, name: str = "weight", scale_dtype: torch.dtype = torch.float32
 ) -> QuantizedTensor:
-    """Codes of weight (out, in), any float dtype. Raises NumericsError, with `name`, on NaN or infinity.
+    """Round a weight to the nearest codes.
 
-    scale_dtype: what scales are rounded to before codes are chosen.
+    weight: (out, in), any float dtype. name: of the weight, for errors. scale_dtype: the dtype that scales are rounded
+    to before codes are chosen. Raises NumericsError, with `name`, on NaN or infinity.
     """
     return quantize_tensor(weight, scheme.weight, name, scale_dtype)
+
+
+class RoundToNearest(Algorithm):
+    """`--algorithm rtn`."""
+
+    name = "rtn"
+    propagates = False
+    searches_ranges = False
+
+    def quantize(self, group: Group) -> dict[str, Codes]:
+        """Codes of every weight. Raises NumericsError, naming the weight, on NaN or infinity."""
+        return {
+            name: Codes(round_to_nearest(weight, group.scheme, name, group.scale_dtype))
+            for name, weight in group.weights.items()
+        }

@@ -1,6 +1,9 @@
-"""SmoothQuant's vector: how much of each channel moves from the activations to the weights (Xiao et al. 2022, eq. 3-4).
+"""SmoothQuant's smoothing vector, from statistics of the input and the weights (Xiao et al. 2022, eq. 3-4).
 
-s_j = a_j^α / w_j^(1-α)          a: statistic of the input channels, w: of the weights' columns
+    s_j = a_j^α / w_j^(1-α)          a: statistic of the input channels, w: statistic of the weight columns
+
+Dividing the input by s and multiplying the weight's columns by it moves the difficulty of outlier channels from the
+activations to the weights.
 """
 
 from collections.abc import Sequence
@@ -17,11 +20,12 @@ _MINIMUM = 1e-5
 def weight_statistic(
     weights: Sequence[Tensor], form: Literal["absmax", "mean"] = "absmax", group_size: int | None = None
 ) -> Tensor:
-    """How large each input channel's column is, over all weights that read it.
+    """The size of each column, over all weights that read the input.
 
-    weights: matrices (out_i, in). Returns (in,) float32. "absmax": max_i |W_ij| (SmoothQuant). "mean": the mean
-    over rows of |W_ij| / rowmax_i, where rowmax_i is the row's largest magnitude, or its group's with a `group_size`
-    (AWQ, and LMDeploy's get_weight_scale). Raises SchemeError if the group size does not divide `in`.
+    weights: matrices (out_i, in). form: "absmax" for max_i |W_ij| (SmoothQuant), "mean" for the mean over rows of
+    |W_ij| / rowmax_i (AWQ, and LMDeploy's get_weight_scale), where rowmax_i is the largest magnitude of the row.
+    group_size: for "mean", take the largest magnitude of each group of so many columns instead. Returns (in,) float32.
+    Raises SchemeError if the group size does not divide `in`.
     """
     if form == "absmax":
         return torch.stack([torch.maximum(w.amax(0), -w.amin(0)).float() for w in weights]).amax(0)
@@ -31,7 +35,7 @@ def weight_statistic(
 
 
 def _relative(magnitude: Tensor, group_size: int | None) -> Tensor:
-    """|W| over the largest of its row or group; 0 in those that are all zero."""
+    """|W| divided by the largest magnitude of its row or group; 0 in rows and groups that are all zero."""
     width = group_size or magnitude.shape[1]
     if magnitude.shape[1] % width:
         raise SchemeError(
@@ -50,11 +54,12 @@ def smoothing_scale(
     minimum: float = _MINIMUM,
     normalize: bool = False,
 ) -> Tensor:
-    """The smoothing vector s_j = a_j^α / w_j^(1-α), at least `minimum`; 1 where a channel or its column is zero.
+    """The smoothing vector s_j = a_j^α / w_j^(1-α); 1 where a channel or its column is all zero.
 
     activation: a (in,), each input channel's absmax over the calibration tokens (absmean for AWQ). weight: w (in,),
     from `weight_statistic`. alpha: 0 leaves the difficulty with the activations, 1 moves all of it to the weights.
-    normalize: divide by sqrt(max(s) · min(s)), as AWQ and LMDeploy do. Returns (in,) float32.
+    minimum: the lower bound of s. normalize: divide by sqrt(max(s) · min(s)), as AWQ and LMDeploy do. Returns (in,)
+    float32.
     Raises SchemeError if alpha is outside [0, 1].
 
     >>> smoothing_scale(torch.tensor([2.0, 16, 2, 9]), torch.tensor([2.0, 1, 2, 1])).tolist()

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from ..algorithms import get_algorithm
 from ..calibration.stats_file import CalibrationStats, load_statistics
 from ..checkpoint.layouts.base import Layout
 from ..checkpoint.layouts.qlinear import float_config
@@ -59,8 +60,7 @@ def quantization_config(
 
 def require_algorithm(algorithm: Algorithm) -> Algorithm:
     """The algorithm, if it is one. Raises SchemeError."""
-    if algorithm not in ("rtn", "gptq", "awq"):
-        raise SchemeError(f"algorithm must be rtn, gptq or awq; got {algorithm!r}")
+    get_algorithm(algorithm)
     return algorithm
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ..algorithms import choose_static_range, clip, gptq, round_to_nearest
+from ..algorithms import choose_static_range, get_algorithm, round_to_nearest
 from ..algorithms.base import Group
 from ..calibration.stats import InputStats
 from ..checkpoint.layouts.base import QuantizedLinear, scale_dtype
@@ -110,11 +110,11 @@ def _round_unit(
     activation = group.scheme.activation
     if activation is not None and not activation.dynamic:
         inputs = input_qparams(group.low, group.high, activation)
-    results = _algorithm(group, algorithm)
+    results = get_algorithm(algorithm).quantize(group)
     measured = replace(group, sample=group.sample[_evenly(len(group.sample), _TOKENS)])
     x = measured.quantized_sample()
     for weight, (name, matrix) in zip(members, group.weights.items(), strict=True):
-        quantized, note = results[name]
+        quantized, note = results[name].weight, results[name].note
         rows, some = _some_rows(matrix, quantized)
         exact = measured.sample @ rows.T
         error = rtn_error = relative(x @ some.dequantize().T, exact)
@@ -139,33 +139,7 @@ def _some_rows(matrix: Tensor, quantized: QuantizedTensor) -> tuple[Tensor, Quan
     if quantized.format.granularity not in ("channel", "group"):
         return matrix, quantized
     rows = _evenly(len(matrix), _ROWS)
-    zeros = None if quantized.zero_point is None else quantized.zero_point[rows]
-    some = QuantizedTensor(quantized.codes[rows], quantized.scale[rows], zeros, quantized.format)
-    return matrix[rows], some
-
-
-def _algorithm(group: Group, algorithm: Algorithm) -> dict[str, tuple[QuantizedTensor, str | None]]:
-    """Codes of every weight of a group, and what a user should know of how they came about."""
-    if algorithm == "awq":
-        return {name: (clipped.weight, None) for name, clipped in clip(group).items()}
-    if algorithm == "gptq" and (group.hessian is not None or group.rounded_input is not None):
-        return _gptq(group)
-    return {
-        name: (round_to_nearest(matrix, group.scheme, name, group.scale_dtype), None)
-        for name, matrix in group.weights.items()
-    }
-
-
-def _gptq(group: Group) -> dict[str, tuple[QuantizedTensor, str | None]]:
-    made = {}
-    for name, rounded in gptq(group).items():
-        note = None
-        if rounded.fell_back:
-            note = "its second moments could not be factorized: rounded to nearest"
-        elif rounded.damping is not None and rounded.damping > 0.011:
-            note = f"its second moments needed damping of {rounded.damping:.2g}: more calibration data would help"
-        made[name] = rounded.weight, note
-    return made
+    return matrix[rows], quantized.rows(rows)
 
 
 def input_qparams(low: Tensor, high: Tensor, activation: TensorFormat) -> tuple[Tensor, Tensor | None]:

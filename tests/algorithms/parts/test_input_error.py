@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qlinear.algorithms.base import Group, RoundedInput
-from qlinear.algorithms.gptq import gptq
+from qlinear.algorithms.gptq import quantize_columns
 from qlinear.algorithms.parts.cholesky import Factor, factorize
 from qlinear.algorithms.parts.input_error import fit_to_rounded_input
 from qlinear.formats.rounding import quantize_tensor
@@ -153,7 +153,8 @@ def test_codes_are_never_further_from_what_fits_than_round_to_nearest_is(
     halves = rounded_input(x, rounded)
     group = Group({"w": weight}, scheme, unused, unused, unused, unused, rounded_input=halves)
     aim = fit(weight, x, rounded)
-    ours, nearest = gptq(group)["w"].weight.dequantize(), quantize_tensor(weight, scheme.weight).dequantize()
+    ours = quantize_columns(group)["w"].weight.dequantize()
+    nearest = quantize_tensor(weight, scheme.weight).dequantize()
     rounding = 1e-6 * float(x.square().sum(1).mean())
     assert loss(aim, ours, rounded, rounded) <= loss(aim, nearest, rounded, rounded) * (1 + 1e-4) + rounding
 
@@ -164,5 +165,5 @@ def test_codes_for_rounded_inputs_lose_less_than_codes_that_know_nothing_of_it()
     rounded = truncated(x, 1.0)
     group = Group({"w": weight}, scheme, unused, unused, unused, unused, x.T @ x / len(x))
     knowing = replace(group, rounded_input=rounded_input(x, rounded))
-    ours, theirs = (gptq(each)["w"].weight.dequantize() for each in (knowing, group))
+    ours, theirs = (quantize_columns(g)["w"].weight.dequantize() for g in (knowing, group))
     assert loss(weight, ours, x, rounded) < 0.7 * loss(weight, theirs, x, rounded)

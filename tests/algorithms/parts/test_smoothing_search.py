@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qlinear.algorithms.alpha_search import search_alpha
-from qlinear.algorithms.awq import clip, search_scale
+from qlinear.algorithms import alpha_search, awq
+from qlinear.algorithms.awq import clip
 from qlinear.algorithms.base import Group
 from qlinear.algorithms.parts.clipping import ENDS
-from qlinear.algorithms.parts.smoothing_search import DEFAULT, OFF, Objective, Point, scale_at
+from qlinear.algorithms.parts.smoothing_search import DEFAULT, OFF, Objective, Point, Search
 from qlinear.algorithms.smoothquant import smoothing_scale, weight_statistic
 from qlinear.errors import NumericsError
 from qlinear.formats.rounding import quantize_tensor
@@ -41,6 +41,27 @@ def group_of(
     x[:, torch.randperm(columns, generator=generator)[:3]] *= outlier
     weights = {name: torch.randn(rows, columns, generator=generator) for name, rows in (("a", 40), ("b", 7))}
     return Group(weights, scheme, x.amin(0), x.amax(0), x.abs().mean(0), x[: tokens // 2])
+
+
+def scale_at(group: Group, point: Point) -> Tensor:
+    """The smoothing vector (in,) of a group that stands alone, at a point of the family."""
+    weights, size = list(group.weights.values()), group.scheme.weight.group_size
+    if point.form == "off":
+        return torch.ones_like(group.low)
+    if point.form == "absmax":
+        return smoothing_scale(group.absmax, weight_statistic(weights), point.alpha)
+    relative = weight_statistic(weights, "mean", size)
+    if point.form == "mean":
+        return smoothing_scale(group.absmax, relative, point.alpha)
+    return smoothing_scale(group.absmean, relative, point.alpha, normalize=True)
+
+
+def search_alpha(group: Group) -> Search:
+    return alpha_search.search_alpha([group], lambda point: [scale_at(group, point)])
+
+
+def search_scale(group: Group) -> Search:
+    return awq.search_scale([group], lambda point: [scale_at(group, point)])
 
 
 def output_error(group: Group, s: Tensor) -> float:
@@ -75,7 +96,7 @@ def test_the_objective_is_the_output_error_under_the_scheme(
 @given(seed=st.integers(0, 10**6), outlier=st.floats(1, 1000))
 def test_the_alpha_found_is_never_worse_than_one_half(scheme: Scheme, seed: int, outlier: float) -> None:
     group = group_of(scheme, seed, outlier=outlier)
-    found = search_alpha([group])
+    found = search_alpha(group)
     objective = Objective.of([group])
     assert found.error == objective.error([scale_at(group, found.point)])
     assert found.default_error == objective.error([scale_at(group, DEFAULT)])
@@ -91,7 +112,7 @@ def test_the_scale_of_awq_is_never_worse_than_round_to_nearest(
     scheme: Scheme, seed: int, outlier: float
 ) -> None:
     group = group_of(scheme, seed, outlier=outlier)
-    found = search_scale([group])
+    found = search_scale(group)
     objective = Objective.of([group], ENDS)
     assert found.error == objective.error([scale_at(group, found.point)])
     assert found.error <= objective.error([torch.ones(64)])
@@ -114,7 +135,7 @@ def test_clipping_is_never_worse_than_round_to_nearest(scheme: Scheme, seed: int
 
 def test_awq_and_clipping_both_gain_on_four_bits() -> None:
     group = group_of(CASES[3], outlier=20.0)
-    found = search_scale([group])
+    found = search_scale(group)
     assert found.error < 0.7 * found.default_error
     smoothed = group.smoothed(scale_at(group, found.point))
     clipped = clip(smoothed).values()
@@ -122,16 +143,16 @@ def test_awq_and_clipping_both_gain_on_four_bits() -> None:
 
 
 def test_w8a8_moves_outliers_and_weight_only_schemes_need_not() -> None:
-    assert search_alpha([group_of(SCHEMES["w8a8"], outlier=100.0)]).point != OFF
+    assert search_alpha(group_of(SCHEMES["w8a8"], outlier=100.0)).point != OFF
     spiky = group_of(SCHEMES["w8a16"], outlier=1.0)
-    assert search_alpha([spiky]).error <= Objective.of([spiky]).error([torch.ones(64)])
+    assert search_alpha(spiky).error <= Objective.of([spiky]).error([torch.ones(64)])
 
 
 def test_a_weight_of_more_rows_than_the_sweep_looks_at_is_judged_by_all_of_them() -> None:
     group = group_of(CASES[3])
     generator = torch.Generator().manual_seed(0)
     tall = replace(group, weights={"a": torch.randn(1500, 64, generator=generator)})
-    found = search_alpha([tall])
+    found = search_alpha(tall)
     assert found.error == Objective.of([tall]).error([scale_at(tall, found.point)])
     assert found.error != dict(found.curve)[found.point]
     assert found.error < found.default_error
@@ -144,7 +165,7 @@ def test_groups_that_share_a_vector_are_judged_together() -> None:
         s = scale_at(first, point)
         return [s, s.flip(0)]
 
-    found = search_alpha([first, second], scales_at)
+    found = alpha_search.search_alpha([first, second], scales_at)
     objective = Objective.of([first, second])
     assert found.error == objective.error(scales_at(found.point))
     assert dict(found.curve).keys() >= {DEFAULT, OFF}
@@ -152,7 +173,7 @@ def test_groups_that_share_a_vector_are_judged_together() -> None:
 
 @every_scheme
 def test_the_same_sample_gives_the_same_point_and_curve(scheme: Scheme) -> None:
-    assert search_alpha([group_of(scheme)]) == search_alpha([group_of(scheme)])
+    assert search_alpha(group_of(scheme)) == search_alpha(group_of(scheme))
 
 
 def test_points_are_the_vectors_that_smoothing_defines() -> None:
@@ -162,8 +183,8 @@ def test_points_are_the_vectors_that_smoothing_defines() -> None:
     assert torch.equal(scale_at(group, OFF), torch.ones(64))
     assert torch.equal(scale_at(group, Point(0.3)), smoothing_scale(group.absmax, absmax, 0.3))
     assert torch.equal(scale_at(group, Point(0.3, "mean")), smoothing_scale(group.absmax, relative, 0.3))
-    awq = smoothing_scale(group.absmean, relative, 0.3, normalize=True)
-    assert torch.equal(scale_at(group, Point(0.3, "awq")), awq)
+    normalized = smoothing_scale(group.absmean, relative, 0.3, normalize=True)
+    assert torch.equal(scale_at(group, Point(0.3, "awq")), normalized)
 
 
 @every_scheme
@@ -204,10 +225,10 @@ def test_an_input_of_zeros_and_a_dead_channel_are_no_trouble() -> None:
     x = group.sample.clone()
     x[:, 3] = 0
     dead = replace(group, low=x.amin(0), high=x.amax(0), absmean=x.abs().mean(0), sample=x)
-    assert search_alpha([dead]).error < 0.1
+    assert search_alpha(dead).error < 0.1
     nothing = torch.zeros(64)
     silent = replace(group, low=nothing, high=nothing, absmean=nothing, sample=torch.zeros(5, 64))
-    assert search_alpha([silent]).error == search_scale([silent]).error == 0
+    assert search_alpha(silent).error == search_scale(silent).error == 0
     assert clip(silent)["a"].error == 0
 
 
@@ -215,4 +236,4 @@ def test_nan_is_named() -> None:
     group = group_of(SCHEMES["w8a8"])
     broken = replace(group, weights={"q_proj": torch.full((4, 64), torch.nan)})
     with pytest.raises(NumericsError, match="q_proj holds 256 NaN"):
-        search_alpha([broken], lambda _: [torch.ones(64)])
+        alpha_search.search_alpha([broken], lambda _: [torch.ones(64)])

@@ -1,12 +1,11 @@
-"""Scales that cost the least squared error, instead of those that just hold the largest weight.
+"""Scales of least squared error, instead of scales that just hold the largest weight.
 
-    minimise over r   Σ_j h_j (w_j - Q_r(w_j))²        r in ratios, one choice per row or group
+    minimise over r   Σ_j h_j (w_j - Q_r(w_j))²        r in ratios, one choice per tile (a row or group)
 
-Q_r rounds with the range of the tile narrowed to r of itself. Few weights of a 4-bit group lie near its largest;
-clipping them buys finer steps for all the others. h says how much an error in each input channel matters: the mean
-square of that channel (the diagonal of the second moments), or 1. This is the search of GPTQ's --mse; with the second
-moments between the channels of a tile, e H_tile eᵀ, it is the clipping search of AWQ (Lin et al. 2023, section 3.2).
-r = 1 is round to nearest, so no tile gets worse.
+Q_r rounds with the range of the tile multiplied by r. Few weights of a 4-bit group lie near the largest one; clipping
+those buys finer steps for all others. h_j weights the errors of input channel j: its mean square (the diagonal of the
+hessian), or 1. This is the search of GPTQ's --mse option. With the hessian within the tile, e H_tile eᵀ, it is AWQ's
+clipping search (Lin et al. 2023, section 3.2). r = 1 is round to nearest, so no tile gets worse.
 """
 
 from dataclasses import replace
@@ -17,8 +16,8 @@ from torch import Tensor
 from ...formats.rounding import choose_qparams, nearest_values, qparams_from_range
 from ...formats.scheme import TensorFormat
 
-# int4's absmax / 7.5 has no code for the largest weight itself: absmax / 7 gives it 7, absmax / 8 gives it -8.
-# A column that matters much more than its neighbours, as AWQ makes them, is often that weight.
+# int4's absmax / 7.5 has no code for the largest weight itself: absmax / 7 gives it 7, absmax / 8 gives it -8. In a
+# column that matters much more than its neighbours, as AWQ makes some, that weight is often the largest.
 ENDS = (1.0, 15 / 14, 15 / 16)
 RATIOS = (*ENDS, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 # Elements of a working copy that stay in a core's cache.
@@ -32,11 +31,11 @@ def least_error_qparams(
     scale_dtype: torch.dtype = torch.float32,
     ratios: tuple[float, ...] = RATIOS,
 ) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point, as `choose_qparams` returns them, of least weighted squared error among `ratios`.
+    """Scale and zero point, shaped as `choose_qparams` returns them, of least weighted squared error among `ratios`.
 
-    weight: (out, in) float32, finite. importance: h (in,), not negative; or second moments within each tile of g
-    columns (in / g, g, g); 1 if None. A tile that spans rows (granularity tensor or block) keeps the range of its
-    extremes: there the search would save next to nothing.
+    weight: (out, in) float32, finite. importance: h (in,), not negative, or the hessian within each tile of g columns
+    (in / g, g, g); 1 if None. A tile of several rows (granularity tensor or block) keeps the range of its extremes,
+    because the search would gain next to nothing there.
     """
     columns = fmt.tile(weight.shape)[1]
     if weight.shape[0] == 0 or fmt.granularity in ("tensor", "block"):
@@ -44,26 +43,26 @@ def least_error_qparams(
     h = torch.ones_like(weight[0]) if importance is None else importance
     h = h.view(-1, 1, columns) if h.dim() == 1 else h
     step = max(1, _CHUNK // max(1, weight.shape[1]))
-    found = [
+    qparams = [
         _search(_tiles(part, columns), h, fmt, scale_dtype, ratios) for part in torch.split(weight, step)
     ]
     shape = fmt.scale_shape(weight.shape)
-    zeros = [zero for _, zero in found if zero is not None]
-    return _joined([scale for scale, _ in found], shape), _joined(zeros, shape) if zeros else None
+    zeros = [zero for _, zero in qparams if zero is not None]
+    return _joined([scale for scale, _ in qparams], shape), _joined(zeros, shape) if zeros else None
 
 
 def _tiles(rows: Tensor, columns: int) -> Tensor:
-    """Rows (n, in) by tile: (in / columns, n, columns), each tile's rows together."""
+    """Rows (n, in) by tile: (in / columns, n, columns), contiguous per tile."""
     return rows.reshape(len(rows), -1, columns).transpose(0, 1).contiguous()
 
 
 def _joined(parts: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-    """Per tile (in / columns, n, 1) of each part, as the scales of the whole weight."""
+    """Values per tile (in / columns, n, 1) of several parts, as one tensor of the scales' shape."""
     return torch.cat([part.squeeze(2).T for part in parts]).reshape(shape)
 
 
 def _error(off: Tensor, h: Tensor) -> Tensor:
-    """Weighted squared error (tiles, n, 1) of off (tiles, n, columns), overwritten; h: see `_search`."""
+    """Weighted squared error (tiles, n, 1) of off (tiles, n, columns), which is overwritten; h: see `_search`."""
     if h.shape[1] == 1:
         return off.square_().mul_(h).sum(2, keepdim=True)
     return (off @ h).mul_(off).sum(2, keepdim=True)
@@ -72,7 +71,10 @@ def _error(off: Tensor, h: Tensor) -> Tensor:
 def _search(
     tiles: Tensor, h: Tensor, fmt: TensorFormat, scale_dtype: torch.dtype, ratios: tuple[float, ...]
 ) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point (in / columns, n, 1) of tiles (in / columns, n, columns); h (·, 1, columns) or moments."""
+    """Scale and zero point (in / columns, n, 1) of tiles (in / columns, n, columns).
+
+    h: (·, 1, columns), or the hessian within each tile (·, columns, columns).
+    """
     fmt = replace(fmt, granularity="channel", group_size=None)
     low, high = tiles.amin(2, keepdim=True), tiles.amax(2, keepdim=True)
     best, scale, zero_point = None, low, None

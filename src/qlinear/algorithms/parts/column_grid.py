@@ -1,10 +1,12 @@
-"""A weight column by column, as GPTQ and its descent take it: columns are rows here, so that each lies in one piece.
+"""A weight column by column, for GPTQ and the coordinate descent.
 
-Where a column has come to is told in steps, the weight over its scale: what is on the grid is a code less its zero
-point, and to round is to round.
+Layout: weights are transposed, (in, out), so that a column of the weight is contiguous.
 
-Work goes by halves: what was done to the left half of some columns is carried to the right half by one matrix
-product, and so on inside each, until a few columns are left. All but the rounding is in large products then.
+Units: columns are held in steps, the weight divided by its scale. Grid points are codes minus their zero point, so
+rounding needs no scale.
+
+Order: `by_halves`. What changed in the left half of some columns is carried to the right half by one matrix product,
+and each half is treated the same way, down to a few columns. So all work but the rounding is in large products.
 """
 
 from collections.abc import Callable
@@ -16,16 +18,16 @@ from torch import Tensor
 from ...formats.rounding import QuantizedTensor, nearest_steps_
 from ...formats.scheme import TensorFormat
 
-# Columns that are taken one by one: to add one to another costs less than to call a product of so few.
+# Columns that are processed one by one. Below this, adding one to another costs less than calling a product.
 FEW = 4
 
 
 @dataclass(frozen=True, slots=True)
 class ColumnGrid:
-    """What each column of a weight (out, in) can be.
+    """The grid that each column of a weight (out, in) is rounded to.
 
-    format, scale, zero_point: of the weight, as in `QuantizedTensor`. scales, zeros: the same by tile of columns, for
-    every row: (tiles, out). width: columns of a tile.
+    format, scale, zero_point: of the weight, as in `QuantizedTensor`. scales, zeros: scale and zero point of every row,
+    by tile of columns: (tiles, out). width: columns of a tile.
     """
 
     format: TensorFormat
@@ -43,20 +45,22 @@ class ColumnGrid:
         return cls(fmt, scale, zero_point, _by_tile(scale, fmt, shape), zeros, fmt.tile(shape)[1])
 
     def round_(self, steps: Tensor, column: int) -> Tensor:
-        """steps (out,), or (n, out) of n columns of one tile, in units of its scale: the nearest that codes stand for,
-        in place."""
+        """Round steps to the nearest grid points, in place.
+
+        steps: (out,), or (n, out) for n columns of one tile, in units of its scale. column: the first one's index.
+        """
         zeros = None if self.zeros is None else self.zeros[column // self.width]
         return nearest_steps_(steps, zeros, self.format)
 
     def round_all_(self, columns: Tensor) -> Tensor:
-        """All columns (in, out), each to the nearest steps of its grid, in place."""
+        """Weights (in, out) to the nearest steps of their grids, in place."""
         for start in range(0, len(columns), self.width):
             part = columns[start : start + self.width]
             self.round_(part.div_(self.scales[start // self.width]), start)
         return columns
 
     def values(self, steps: Tensor) -> Tensor:
-        """What steps (in, out) stand for in the weight."""
+        """The weights (in, out) that steps (in, out) stand for."""
         values = torch.empty_like(steps)
         for tile, scale in enumerate(self.scales):
             part = slice(tile * self.width, (tile + 1) * self.width)
@@ -64,13 +68,13 @@ class ColumnGrid:
         return values
 
     def put_rows(self, rows: Tensor, other: "ColumnGrid") -> None:
-        """Take over the grid of another, where rows (out,) says so."""
+        """Copy the grid of another, in the rows where the mask `rows` (out,) is true."""
         self.scales.copy_(torch.where(rows, other.scales, self.scales))
         if self.zeros is not None and other.zeros is not None:
             self.zeros.copy_(torch.where(rows, other.zeros, self.zeros))
 
     def quantized(self, steps: Tensor) -> QuantizedTensor:
-        """The codes of steps (in, out) that are on the grid."""
+        """The codes of steps (in, out), which must be on the grid."""
         codes = torch.empty(steps.shape[::-1], dtype=self.format.storage, device=steps.device)
         for start in range(0, len(steps), self.width):
             part = slice(start, start + self.width)
@@ -96,9 +100,10 @@ def by_halves(
     carry: Callable[[slice, slice], None],
     back: bool = False,
 ) -> None:
-    """Visit the columns from start to stop in runs of at most `few`; carry(from, to) takes a half to the next.
+    """Visit the columns from start to stop in runs of at most `few`.
 
-    back: whether the right half is carried to the left, too, once it is done.
+    visit: called with the start and stop of each run, in order. carry: called with (from, to) after each half. back:
+    whether to carry each right half back to its left half as well.
     """
     if stop - start <= few:
         visit(start, stop)

@@ -1,16 +1,23 @@
-"""Coordinate descent: codes and scales that are given, moved one by one to where the output error is least.
+"""Coordinate descent: given codes and scales are moved one at a time to where the output error is least.
 
     loss = tr(E H Eᵀ),  E = W - Q,  gradient G = E H
 
-GPTQ rounds each column once, when it does not know yet how those after it will come out. Here each column is rounded
-again with all others as they are: along one column the loss is a parabola, least at Q_j + G_j / H_jj, and of the values
-on a grid the nearest to that is the best. Likewise the scale of a group: with its codes q fixed the loss is a parabola
-in it, least at s + (G_g qᵀ) / (q H_gg qᵀ). No step raises the loss, so the result is never above what it began with.
+Codes
+    GPTQ rounds each column once, before it knows how the later ones come out. Here each column is rounded again with
+    all others fixed. Along one column the loss is a parabola with its least at Q_j + G_j / H_jj, so the best grid value
+    is the nearest one to that. This is the coordinate descent of QuantEase (Behdin et al. 2023).
 
-Columns are rows here, and are taken by halves (`columns`): what the left half changed reaches the right half's gradient
-in one product, and in all sweeps but the last the right half's change then reaches the left's, for the next. Inside a
-block, whose scale is one, it is not the gradient that is carried but Q_j + G_j / H_jj itself, in steps: a column then
-needs no more than to be rounded.
+Scales
+    With the codes q of a group fixed, the loss is a parabola in the group's scale, least at s + (G_g qᵀ) / (q H_gg qᵀ).
+    Moving the scales in the same sweep is new here. A scale moves only if the rounded one lowers the loss.
+
+No step raises the loss, so the result is never worse than the start.
+
+The order
+    Columns are rows here, and are visited by halves (`column_grid.by_halves`). One product carries the changes of the
+    left half to the gradient of the right half. In all sweeps but the last, the right half's changes are carried back
+    to the left, for the next sweep. Within a block of one scale, Q_j + G_j / H_jj itself is carried instead of the
+    gradient, in steps of the scale, so that a column only needs rounding.
 """
 
 import torch
@@ -19,14 +26,18 @@ from torch import Tensor
 from .cholesky import PANEL
 from .column_grid import FEW, ColumnGrid, by_halves
 
-# Columns that are descended along together where a tile is no smaller.
+# Columns of a block, unless a tile is smaller.
 _BLOCK = 128
 
 
 class Descent:
-    """targets: the weight (in, out) float32. steps: where its codes stand, and grid: where they can; both are moved in
-    place. gradient: G of that (in, out) float32, which is taken over. moment: H, the mean of x xᵀ (in, in) float32.
-    scale_dtype: what scales are rounded to. Scales that serve whole rows, or several, stay as they are."""
+    """Codes and scales on their way down.
+
+    targets: the weight (in, out) float32. steps: the current codes, in steps (in, out). grid: its scales are changed in
+    place, as `steps` is. gradient: G there (in, out) float32; owned and changed by this object. hessian: H, the mean of
+    x xᵀ (in, in) float32. scale_dtype: the dtype that scales are rounded to. Only scales of groups move; scales of
+    rows, blocks and tensors stay.
+    """
 
     def __init__(
         self,
@@ -46,21 +57,21 @@ class Descent:
         self._per_curvature = (
             torch.where(curvature > 0, 1 / curvature, 0.0).nan_to_num_(0.0, 0.0).unsqueeze(1)
         )
-        # Of the block at hand: where each column would be best, in steps, and how far it moves there.
+        # Buffers for one block: the best place of each column, in steps, and how far the column moves.
         self._best, self._moved = steps.new_empty(2, min(self._block, len(steps)), steps.shape[1])
-        self._columns = [each.unbind() for each in (self._best, self._moved, self.steps)]
+        self._columns = [columns.unbind() for columns in (self._best, self._moved, self.steps)]
 
     def restart(self, rows: Tensor, grid: ColumnGrid, steps: Tensor) -> None:
-        """Begin some rows (out,) anew: on another grid, with its steps (in, out)."""
+        """Start the rows in the mask `rows` (out,) again from another grid, at its steps (in, out)."""
         self._grid.put_rows(rows, grid)
         self.steps.copy_(torch.where(rows, steps, self.steps))
         error = (self._targets - self._grid.values(self.steps))[:, rows]
         self._gradient[:, rows] = self._hessian @ error
 
     def run(self, sweeps: int) -> None:
-        """Visit every column that many times."""
-        for left in reversed(range(sweeps)):
-            by_halves(0, len(self.steps), self._block, self._visit_block, self._carry, back=left > 0)
+        """Visit every column `sweeps` times."""
+        for remaining in reversed(range(sweeps)):
+            by_halves(0, len(self.steps), self._block, self._visit_block, self._carry, back=remaining > 0)
 
     def _carry(self, moved: slice, to: slice) -> None:
         self._gradient[to].addmm_(self._hessian[to, moved], self._change[moved], alpha=-1)
@@ -77,8 +88,10 @@ class Descent:
         self._gradient[part].addmm_(within, change, alpha=-1)
 
     def _rescaled(self, part: slice, scale: Tensor, within: Tensor) -> Tensor:
-        """Move one group's scales to the least of their parabolas, as far as their dtype holds it; the gradient after
-        that, in the buffer for what is best."""
+        """Move one group's scales to the least of their parabolas, rounded to their dtype.
+
+        Returns the gradient after that, in the buffer `_best`.
+        """
         steps, gradient = self.steps[part], self._gradient[part]
         bend, spare = self._best[: len(steps)], self._moved[: len(steps)]
         slope = torch.mul(gradient, steps, out=spare).sum(0)
@@ -91,7 +104,10 @@ class Descent:
         return torch.addcmul(gradient, bend, by, value=-1, out=bend)
 
     def _round_block(self, block: int, count: int, pull: Tensor) -> None:
-        """Round a block's columns one by one. pull: what a move of one, in steps, does to the best place of each."""
+        """Round a block's columns one by one.
+
+        pull: (count, count), how far a move of one column by one step shifts the best place of another.
+        """
         best, moved, steps = self._columns
         near = [pull.diagonal(-distance).tolist() for distance in range(FEW)]
 
@@ -109,8 +125,10 @@ class Descent:
 
 
 def row_losses(error: Tensor, hessian: Tensor) -> Tensor:
-    """e H eᵀ for each row e of a weight's error, given as columns (in, out): (out,). What is symmetric in H is computed
-    once."""
+    """e H eᵀ (out,) for each row e of a weight's error, given as columns (in, out).
+
+    H is symmetric, so each pair of panels is multiplied once.
+    """
     total = torch.zeros_like(error[0])
     for start in range(0, len(error), PANEL):
         part = slice(start, min(start + PANEL, len(error)))
