@@ -142,7 +142,7 @@ def test_planned_sizes_are_those_of_every_layout(scheme: str, format: str, tmp_p
 
 def test_a_layout_without_a_place_for_vectors_is_refused_where_all_should_stay(tmp_path: Path) -> None:
     source = save_model(tmp_path / "source")
-    with pytest.raises(SchemeError, match=r"'always' needs a format that holds it, qlinear or lmdeploy"):
+    with pytest.raises(SchemeError, match=r"'always' needs a format that holds it, lmdeploy or qlinear"):
         qlinear.inspect(source, migration_scale="always")
     with pytest.raises(SchemeError, match="does not fit the lmdeploy layout"):
         qlinear.inspect(source, "w8a16", format="lmdeploy")

@@ -1,4 +1,4 @@
-"""A finished folder tells whether it is still what was written."""
+"""Checksums detect every change to a finished folder."""
 
 import json
 import shutil
@@ -40,9 +40,9 @@ def shards(folder: Path) -> list[Path]:
 
 
 def test_what_was_just_written_is_whole(out: Path) -> None:
-    found = verify(out)
-    assert found.tensors == len(Checkpoint.open(out).tensors)
-    assert found.files >= 2
+    verified = verify(out)
+    assert verified.tensors == len(Checkpoint.open(out).tensors)
+    assert verified.files >= 2
     assert len(shards(out)) > 2
 
 

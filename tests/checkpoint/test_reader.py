@@ -34,11 +34,11 @@ def shard(folder: Path) -> Path:
     (folder / "model.safetensors").unlink()
     names = sorted(TENSORS)
     parts = {"model-1.safetensors": names[:3], "model-2.safetensors": names[3:]}
-    for file, held in parts.items():
-        save_file({name: TENSORS[name] for name in held}, folder / file)
+    for file, tensors in parts.items():
+        save_file({name: TENSORS[name] for name in tensors}, folder / file)
     index = folder / "model.safetensors.index.json"
     index.write_text(
-        json.dumps({"weight_map": {name: file for file, held in parts.items() for name in held}})
+        json.dumps({"weight_map": {name: file for file, tensors in parts.items() for name in tensors}})
     )
     return index
 

@@ -1,4 +1,4 @@
-"""A file that torch.save wrote, and was damaged since, is named in one line, whatever the damage."""
+"""A damaged torch.save file is refused in one line that names it, whatever the damage."""
 
 import io
 from pathlib import Path

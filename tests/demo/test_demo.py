@@ -1,4 +1,4 @@
-"""The embedded model has learned, its outliers are planted exactly, and its texts are apart."""
+"""The embedded model has learned, its outliers are exact, and its texts share nothing."""
 
 import logging
 import math

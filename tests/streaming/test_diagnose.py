@@ -1,4 +1,4 @@
-"""A model that transformers itself cannot run is refused in one line; what fails in ours is not laid at its door."""
+"""A model that transformers itself cannot run is refused in one line; qlinear's own failures are not blamed on it."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Lanes: a model stepped through block by block gives what it gives in one go."""
+"""A model run block by block in lanes gives the output of a single forward."""
 
 import threading
 from contextlib import closing
@@ -106,7 +106,7 @@ def test_an_error_before_the_first_block_leaves_no_thread(model: Model) -> None:
     assert not any("forward" in vars(layer) for layer in model.layers)
 
 
-def test_micro_batches_that_part_are_refused(model: Model) -> None:
+def test_micro_batches_at_different_blocks_are_refused(model: Model) -> None:
     with Lanes(model, list(model.layers), batches_of(TOKENS, 3)) as lanes:
         lanes[0].step()
         with pytest.raises(StructureError, match="different blocks"):
@@ -123,7 +123,7 @@ def test_a_model_without_blocks_is_refused() -> None:
         find_blocks(nn.Linear(2, 2))
 
 
-def test_a_lane_that_is_ended_while_it_runs_ends_at_its_next_block() -> None:
+def test_a_lane_that_is_closed_while_it_runs_ends_at_its_next_block() -> None:
     reached, go = threading.Event(), threading.Event()
     block = nn.Linear(2, 2)
 
@@ -146,7 +146,7 @@ def test_a_lane_that_is_ended_while_it_runs_ends_at_its_next_block() -> None:
 
 
 class Wide(nn.Module):
-    """Blocks whose hidden states are large enough to spill, and that lean on what lanes share."""
+    """Blocks whose hidden states are large enough to spill, and that use a tensor which all lanes share."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -238,4 +238,4 @@ def test_a_rehearsal_leaves_no_trace_in_what_the_block_is_given() -> None:
             rehearsed = [lanes[0].rehearse(Call.run) for _ in range(2)]
             lanes[0].step()
             assert torch.equal(lanes[0].output, expected)
-    assert all(torch.equal(each, expected) for each in rehearsed)
+    assert all(torch.equal(output, expected) for output in rehearsed)

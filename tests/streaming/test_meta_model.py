@@ -1,4 +1,4 @@
-"""A skeleton is what from_pretrained gives, but for the weights."""
+"""A model on meta equals that of from_pretrained in everything but its weights."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A model of which only what is used is in memory."""
+"""Only the parts of a model that are in use are in memory."""
 
 from pathlib import Path
 

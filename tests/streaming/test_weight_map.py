@@ -1,4 +1,4 @@
-"""A skeleton filled block by block is the model that from_pretrained gives, and goes back to the same file."""
+"""A model loaded block by block equals that of from_pretrained, and converts back to the same file."""
 
 import json
 from pathlib import Path
@@ -27,14 +27,14 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 def parts(model: PreTrainedModel) -> list[str]:
     """Modules that hold all parameters between them, each block one of them."""
-    found: list[str] = []
+    parts: list[str] = []
     for name, module in model.named_modules():
-        is_covered = any(name.startswith(f"{part}.") for part in found)
+        is_covered = any(name.startswith(f"{part}.") for part in parts)
         if not is_covered and (
             not list(module.children()) or type(module).__name__.endswith(("Layer", "Block"))
         ):
-            found.append(name)
-    return found
+            parts.append(name)
+    return parts
 
 
 def filled(folder: Path, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, WeightMap]:

@@ -1,8 +1,8 @@
-"""Whether a finished folder still holds what was written to it.
+"""Checks that a finished folder still holds what was written to it.
 
-While tensors are written their CRC-32 is taken, in passing: it finds what disks and transfers do to files, and costs
-a fraction of writing them. It covers dtype and shape too. `qlinear.json` keeps the checksums, those of the other files
-included; itself it is covered by being JSON that names all of them.
+The writer computes a CRC-32 of each tensor, its dtype and shape included, as it writes. That detects what disks and
+transfers do to files, at a fraction of the time of writing. `qlinear.json` stores the checksums of tensors and of
+other files. It has none of its own: a damaged one no longer parses, or no longer names all of them.
 """
 
 import json
@@ -16,12 +16,13 @@ from ..errors import CheckpointError
 from .reader import Checkpoint
 from .safetensors_header import parse_json
 
-_NAMED = 3
+# How many damages a message lists.
+_LISTED = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was compared and found to be as it was written. total_size: bytes of tensor data."""
+    """What was verified: a folder, its numbers of tensors and of other files, and total_size, bytes of tensor data."""
 
     path: str
     tensors: int
@@ -30,50 +31,51 @@ class Verification:
 
 
 def checksum(dtype_name: str, shape: Iterable[int]) -> int:
-    """The CRC-32 to go on from with a tensor's bytes."""
+    """The CRC-32 of a tensor's dtype and shape; continue it with the tensor's bytes."""
     return zlib.crc32(json.dumps([dtype_name, list(shape)]).encode())
 
 
 def file_checksums(folder: Path, files: Iterable[str]) -> dict[str, str]:
-    """Of whole files that are not weights."""
+    """The CRC-32 of each file, as 8 hexadecimal digits. files: relative to the folder; not weights, as they are read
+    whole."""
     return {file: f"{zlib.crc32((folder / file).read_bytes()):08x}" for file in files}
 
 
 def verify(
     folder: str | Path, progress: Callable[[str, int, int], None] = lambda stage, done, total: None
 ) -> Verification:
-    """Compare every tensor and every other file of a finished folder with what was written.
+    """Compare every tensor and every other file of a finished folder with its checksum.
 
-    Raises CheckpointError, in one line, naming what is missing, truncated or changed, and for a folder that is not
-    finished or has no checksums.
+    Raises CheckpointError naming what is missing, truncated or changed, and for a folder that is unfinished or has no
+    checksums. progress: called with (stage, done, total).
     """
     folder = Path(folder)
     expected = _checksums(folder)
     checkpoint = Checkpoint.open(folder)
     damages = [*_files(folder, expected["files"]), *_tensors(checkpoint, expected["tensors"], progress)]
     if damages:
-        rest = f" and {len(damages) - _NAMED} more" if len(damages) > _NAMED else ""
+        rest = f" and {len(damages) - _LISTED} more" if len(damages) > _LISTED else ""
         raise CheckpointError(
-            f"{folder} is not as it was written: {'; '.join(damages[:_NAMED])}{rest}; copy it again, or make it anew"
+            f"{folder} is not as it was written: {'; '.join(damages[:_LISTED])}{rest}; copy it again, or make it anew"
         )
     return Verification(str(folder), len(expected["tensors"]), len(expected["files"]), checkpoint.nbytes)
 
 
 def _checksums(folder: Path) -> Mapping[str, Mapping[str, str]]:
-    note, found = folder / "qlinear.json", None
+    note, checksums = folder / "qlinear.json", None
     if (folder / ".qlinear").is_dir():
         raise CheckpointError(
             f"{folder} holds a run that is not finished: run the same command again to go on"
         )
     if note.is_file():
-        found = parse_json(note.read_bytes(), note).get("checksums")
-    if not isinstance(found, dict) or not all(
-        isinstance(found.get(key), dict) for key in ("files", "tensors")
+        checksums = parse_json(note.read_bytes(), note).get("checksums")
+    if not isinstance(checksums, dict) or not all(
+        isinstance(checksums.get(key), dict) for key in ("files", "tensors")
     ):
         raise CheckpointError(
             f"{folder} has no checksums in a qlinear.json to verify it by: only what qlinear wrote has"
         )
-    return found
+    return checksums
 
 
 def _files(folder: Path, expected: Mapping[str, str]) -> Iterator[str]:
@@ -91,15 +93,15 @@ def _tensors(
         progress("verifying", i, len(expected))
         if name not in checkpoint.tensors:
             yield f"{name} is missing"
-        elif _sum_of(checkpoint, name) != before:
+        elif _checksum_of(checkpoint, name) != before:
             yield f"{name} in {checkpoint.info(name).file.name} has changed"
     yield from (f"{name} was not there" for name in checkpoint.tensors.keys() - expected.keys())
     progress("verifying", len(expected), len(expected))
 
 
-def _sum_of(checkpoint: Checkpoint, name: str) -> str:
+def _checksum_of(checkpoint: Checkpoint, name: str) -> str:
     info = checkpoint.info(name)
-    found = checksum(info.dtype_name, info.shape)
+    crc = checksum(info.dtype_name, info.shape)
     for part in checkpoint.chunks(name):
-        found = zlib.crc32(part, found)
-    return f"{found:08x}"
+        crc = zlib.crc32(part, crc)
+    return f"{crc:08x}"

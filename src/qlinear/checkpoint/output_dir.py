@@ -1,4 +1,4 @@
-"""The folder that a result is written to: whether it can be, and files that appear whole or not at all."""
+"""The output folder: checks that it can be written to, and writes files that appear whole or not at all."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import OutputError
 
-# What replacing a checkpoint deletes; anything else in the folder stays.
+# What `clear` deletes. Other files in the folder stay.
 _CHECKPOINT_FILES = (
     *("config.json", "qlinear.json", "README.md", "generation_config.json", "model.safetensors*"),
     *("model-*.safetensors", "pytorch_model*.bin*", ".*.partial"),
@@ -21,13 +21,13 @@ _CHECKPOINT_FILES = (
         "chat_template.*",
     ),
 )
-# One of these says that a folder holds a checkpoint, or one that is being written.
+# A folder with one of these holds a checkpoint, or an unfinished one.
 _MARKS = ("config.json", "qlinear.json", ".model-*.partial", ".qlinear")
 
 
 @contextmanager
 def writing_to(path: Path) -> Iterator[None]:
-    """Inside, what the system refuses (a full disk, a failing one) is raised as an OutputError that names `path`."""
+    """Context manager: an OSError, such as of a full disk, becomes an OutputError that names `path`."""
     try:
         yield
     except OSError as error:
@@ -38,7 +38,7 @@ def writing_to(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write a file so that at every moment, even a power cut, the old or the whole new one is there.
+    """Write a file so that at any moment, even at a power cut, either the old or the whole new one is there.
 
     Raises OutputError if it cannot be written.
     """
@@ -75,9 +75,9 @@ def require_space(folder: str | Path, nbytes: int) -> None:
 
 
 def require_empty(folder: str | Path, overwrite: bool = False, source: str | Path | None = None) -> None:
-    """Raise OutputError unless `folder` is new, empty, or holds a checkpoint that `overwrite` gives up.
+    """Raise OutputError unless `folder` is new, empty, or with `overwrite` holds a checkpoint. Deletes nothing.
 
-    `source` is the checkpoint that is read: it is never written over. Nothing is deleted here; `clear` does.
+    source: the checkpoint that is read, which is never overwritten.
     """
     folder = Path(folder)
     if source is not None and folder.resolve() == Path(source).resolve():
@@ -94,7 +94,7 @@ def require_empty(folder: str | Path, overwrite: bool = False, source: str | Pat
 
 def clear(folder: str | Path) -> None:
     """Delete the checkpoint in a folder: its weights, configs and tokenizer files, nothing else."""
-    found = {file for pattern in _CHECKPOINT_FILES for file in Path(folder).glob(pattern)}
-    for file in sorted(found):
+    files = {file for pattern in _CHECKPOINT_FILES for file in Path(folder).glob(pattern)}
+    for file in sorted(files):
         if file.is_file():
             file.unlink()

@@ -1,8 +1,8 @@
 """Opens a checkpoint folder and reads its tensors one at a time.
 
-Everything that can be wrong with a folder is found here, from headers and file sizes, before any work starts.
-Tensors are read with `preadv` straight into the memory they will live in. Nothing is mapped: pages of a map
-held open count towards the process's resident set, so a map over a shard would cost the whole shard.
+Opening reads headers and file sizes only, and refuses a folder that is incomplete or damaged before any work starts.
+Tensors are read with `preadv` directly into their final memory. Memory maps are not used: the pages of an open map
+count towards the process's resident set, so a map over a shard would cost the whole shard.
 """
 
 import contextlib
@@ -24,12 +24,12 @@ from .safetensors_header import DTYPES, TensorInfo, parse_json, read_header
 from .torch_bin import read_pickled
 
 _CHUNK = 4 << 20
-# Bytes that are converted at once: they and their copies stay in a core's cache.
-_CONVERTED = 512 << 10
-_TRAINED_IN = {"BF16", "F16", "F32"}
-# Of each tensor, what enters the fingerprint.
-_SAMPLE = 4 << 10
-# Never part of a result: weights in other forms, and what is written anew.
+# Bytes per step of a dtype conversion: they and their copies stay in a core's cache.
+_CONVERSION_CHUNK = 512 << 10
+_TRAINING_DTYPES = {"BF16", "F16", "F32"}
+# Bytes of each tensor that enter the fingerprint.
+_FINGERPRINT_SAMPLE = 4 << 10
+# Not copied to a result: weights in any form, and files that are written anew.
 _WEIGHTS = (
     ".safetensors",
     ".bin",
@@ -47,9 +47,9 @@ _WRITTEN_ANEW = ("config.json", "README.md", "qlinear.json")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with `config.json` and weights. Make one with `open`; nothing stays open afterwards.
+    """A folder with `config.json` and weights. Made by `open`; no file stays open.
 
-    path: the folder. config: what config.json holds. tensors: where each tensor lies, by its name.
+    path: the folder. config: the content of config.json. tensors: the place of each tensor, by name.
     """
 
     path: Path
@@ -58,9 +58,9 @@ class Checkpoint:
 
     @classmethod
     def open(cls, model: str | Path, revision: str | None = None) -> "Checkpoint":
-        """Read config and headers of a folder, or of a Hub id `org/name`, which is downloaded first.
+        """Read the config and the headers of a folder, or of a Hub id `org/name`, which is downloaded first.
 
-        Raises CheckpointError if it is no checkpoint, or if any file is missing, damaged or truncated.
+        Raises CheckpointError if it is no checkpoint, or if a file is missing, damaged or truncated.
         """
         folder = _folder(model, revision)
         if not (folder / "config.json").is_file():
@@ -77,18 +77,18 @@ class Checkpoint:
 
     @property
     def matrix_dtype(self) -> torch.dtype | None:
-        """The dtype of all matrices, if it is one that weights are trained in; None where there are several."""
-        found = {info.dtype_name for info in self.tensors.values() if len(info.shape) > 1}
-        return DTYPES[found.pop()] if len(found) == 1 and found <= _TRAINED_IN else None
+        """The dtype of all matrices, if they share one and models are trained in it; else None."""
+        dtypes = {info.dtype_name for info in self.tensors.values() if len(info.shape) > 1}
+        return DTYPES[dtypes.pop()] if len(dtypes) == 1 and dtypes <= _TRAINING_DTYPES else None
 
     def info(self, name: str) -> TensorInfo:
-        """Where a tensor lies. Raises CheckpointError if there is none of that name."""
+        """The place, dtype and shape of a tensor. Raises CheckpointError if there is none of that name."""
         if name not in self.tensors:
             raise CheckpointError(f"{self.path} holds no tensor named {name}")
         return self.tensors[name]
 
     def read(self, name: str, out: Tensor | None = None) -> Tensor:
-        """The tensor of that name, on the CPU; into `out` (contiguous, same dtype and shape) if given."""
+        """The tensor of that name, on the CPU; read into `out` (contiguous, same dtype and shape) if given."""
         info = self.info(name)
         if out is None:
             out = torch.empty(info.shape, dtype=info.dtype)
@@ -102,10 +102,9 @@ class Checkpoint:
         return out
 
     def read_as(self, name: str, out: Tensor) -> Tensor:
-        """Read a tensor into `out` (contiguous, on the CPU, its shape) and convert it to the dtype of `out`.
+        """Read a tensor into `out` (contiguous, on the CPU, same shape), converted to the dtype of `out`.
 
-        A few elements at a time: a whole copy in the file's dtype would cost fresh memory, and be written and read
-        through it, where a small one stays in the cache.
+        Works in small chunks, which stay in the cache; a whole copy in the file's dtype would pass through memory.
         """
         info = self.info(name)
         if info.dtype == out.dtype:
@@ -113,14 +112,14 @@ class Checkpoint:
         if tuple(out.shape) != info.shape:
             raise ValueError(f"out must be of shape {info.shape} to read {name}; got {tuple(out.shape)}")
         flat, done = out.view(-1), 0
-        for part in self.chunks(name, _CONVERTED):
+        for part in self.chunks(name, _CONVERSION_CHUNK):
             values = torch.frombuffer(part, dtype=info.dtype)
             flat[done : done + len(values)].copy_(values)
             done += len(values)
         return out
 
     def read_to_device(self, name: str, out: Tensor, uploader: Uploader) -> Tensor:
-        """Read a tensor into `out` (contiguous, its shape) on an accelerator, and convert it to the dtype of `out`."""
+        """Read a tensor into `out` (contiguous, same shape) on an accelerator, converted to the dtype of `out`."""
         info = self.info(name)
         with _opened(info.file) as file:
 
@@ -131,7 +130,7 @@ class Checkpoint:
         return out
 
     def chunks(self, name: str, size: int = _CHUNK) -> Iterator[memoryview]:
-        """A tensor's bytes, whatever its dtype, `size` at a time; each part lasts to the next."""
+        """A tensor's bytes, `size` at a time. Each part is valid until the next one is taken."""
         info = self.info(name)
         buffer = memoryview(bytearray(min(size, info.nbytes)))
         with _opened(info.file) as file:
@@ -141,7 +140,7 @@ class Checkpoint:
                 yield part
 
     def expect(self, names: Iterable[str]) -> None:
-        """Have the system read tensors ahead, while other work goes on: they wait in its page cache, not in ours."""
+        """Ask the system to read tensors ahead into its page cache, while other work goes on."""
         if not hasattr(os, "posix_fadvise"):  # as on macOS
             return
         for file, infos in groupby(map(self.info, names), key=lambda info: info.file):
@@ -150,33 +149,33 @@ class Checkpoint:
                     os.posix_fadvise(descriptor, info.start, info.nbytes, os.POSIX_FADV_WILLNEED)
 
     def fingerprint(self) -> str:
-        """A hash by which to know the checkpoint again: of its config, its headers and the start of each tensor.
+        """A hash that identifies the checkpoint: of its config, its headers, and the start of each tensor.
 
-        Where its files lie and when they were written does not enter; nor, to be quick, does most of the data.
+        It does not depend on paths or times. To be quick, most of the data does not enter.
         """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for name, info in sorted(self.tensors.items()):
             digest.update(json.dumps([name, info.dtype_name, info.shape]).encode())
-            digest.update(next(self.chunks(name, _SAMPLE), b""))
+            digest.update(next(self.chunks(name, _FINGERPRINT_SAMPLE), b""))
         return digest.hexdigest()
 
     def other_files(self) -> list[Path]:
-        """What a result takes over as it is: tokenizer, generation config, chat template, licence, `*.py`.
+        """The files that are copied to a result: tokenizer, generation config, chat template, licence, `*.py`.
 
-        Paths are relative to the folder; a link counts as the file it points to. Weights in any form, hidden
-        files, folders and what is written anew (config.json, README.md, qlinear.json) are left out.
+        Paths are relative to the folder; links are followed. Not copied: weights in any form, hidden files, folders,
+        and files that are written anew (config.json, README.md, qlinear.json).
         """
         templates = self.path / "additional_chat_templates"
-        found = [*self.path.iterdir(), *(templates.iterdir() if templates.is_dir() else ())]
-        return sorted(p.relative_to(self.path) for p in found if p.is_file() and _is_copied(p.name))
+        files = [*self.path.iterdir(), *(templates.iterdir() if templates.is_dir() else ())]
+        return sorted(p.relative_to(self.path) for p in files if p.is_file() and _is_copied(p.name))
 
     def require_unquantized(self) -> None:
         """Raise CheckpointError if config.json says that the weights are already quantized."""
         text = self.config.get("text_config")
         nested = text.get("quantization_config") if isinstance(text, dict) else None
-        found = self.config.get("quantization_config") or nested
-        if found:
-            method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
+        config = self.config.get("quantization_config") or nested
+        if config:
+            method = config.get("quant_method", "unknown") if isinstance(config, dict) else config
             raise CheckpointError(
                 f"{self.path} is already quantized (quant_method {method!r}): "
                 "give the float checkpoint that it was made from"
@@ -184,13 +183,13 @@ class Checkpoint:
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, writable; no copy."""
+    """The memory of a contiguous CPU tensor, writable, without a copy."""
     flat = tensor.detach().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(bytearray())
 
 
 def _locate(folder: Path) -> dict[str, TensorInfo]:
-    """All tensors of a folder, in whichever of the four forms it holds them; safetensors first."""
+    """The tensors of a folder, from the first of four forms: safetensors, its shards, torch.save, its shards."""
     if (folder / "model.safetensors").is_file():
         return read_header(folder / "model.safetensors")
     if (folder / "model.safetensors.index.json").is_file():
@@ -206,7 +205,7 @@ def _locate(folder: Path) -> dict[str, TensorInfo]:
 
 
 def _read_sharded(index: Path) -> dict[str, TensorInfo]:
-    """Tensors of all shards that an index names, each looked up in the shard it is said to be in."""
+    """The tensors that an index names, from the shards that it names for them."""
     weight_map = parse_json(index.read_bytes(), index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map from tensor names to files: download it again")
@@ -221,7 +220,7 @@ def _read_sharded(index: Path) -> dict[str, TensorInfo]:
 
 
 def _shard(index: Path, name: str) -> Path:
-    """The file of a shard. Only its name is held to the folder: Hub caches link files from elsewhere."""
+    """The file of a shard. Its name must be inside the folder; a link may lead elsewhere, as in Hub caches."""
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise CheckpointError(
             f"{index} names a shard {name!r} outside of its folder: do not trust this checkpoint"
@@ -234,7 +233,7 @@ def _shard(index: Path, name: str) -> Path:
 
 
 def _folder(model: str | Path, revision: str | None) -> Path:
-    """The folder itself, or that of a downloaded Hub id."""
+    """The folder itself, or the folder that a Hub id was downloaded to."""
     folder = Path(model)
     if folder.is_dir():
         return folder
@@ -278,7 +277,7 @@ def _lost(file: Path, error: OSError) -> SourceLostError:
 
 
 def _read_exactly(descriptor: int, into: memoryview, offset: int, file: Path) -> None:
-    """Fill `into` from `offset`; the kernel may return less than asked (2 GiB at most at a time)."""
+    """Fill `into` from `offset`. The kernel may return fewer bytes than asked for (2 GiB at most)."""
     done = 0
     while done < len(into):
         try:

@@ -1,8 +1,9 @@
-"""The header of a safetensors file: which tensors it holds, and where their bytes lie.
+"""Reads the header of a safetensors file: which tensors it holds, and where their bytes are.
 
-The format is 8 bytes, the header's length n; n bytes of JSON; the tensors' data without a hole or an overlap.
-It is parsed here, and not by the safetensors library, because the library gives tensors that lie in a map of
-the file, and what is needed is the place of their bytes, to read them into memory that is already there.
+Format: 8 bytes with the header's length n; n bytes of JSON; the tensors' data without a gap or an overlap.
+
+Why not the safetensors library: it returns tensors that are views of a memory map. The reader needs the offsets, to
+read the bytes into memory that it already has.
 """
 
 import json
@@ -16,7 +17,7 @@ import torch
 
 from ..errors import CheckpointError
 
-# Names of dtypes in headers: bits of an element, and torch's dtype where it has one.
+# By a dtype's name in headers: bits per element (BITS), and torch's dtype where there is one (DTYPES).
 BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
@@ -35,13 +36,13 @@ DTYPES = {
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-# The most that the safetensors library accepts.
+# The safetensors library's own limit, in bytes.
 _MAX_HEADER = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor's bytes lie: `file[start:stop]`, elements of `dtype_name` in row-major order."""
+    """The place of one tensor: `file[start:stop]`, elements of `dtype_name` in row-major order."""
 
     file: Path
     dtype_name: str
@@ -51,19 +52,19 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of data."""
+        """The tensor's size in bytes."""
         return self.stop - self.start
 
     @property
     def dtype(self) -> torch.dtype:
-        """torch's dtype. Raises CheckpointError for those that exist in files only."""
+        """torch's dtype. Raises CheckpointError for a dtype that torch lacks."""
         if self.dtype_name not in DTYPES:
             raise CheckpointError(f"{self.file} holds a tensor of dtype {self.dtype_name}, which torch lacks")
         return DTYPES[self.dtype_name]
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """Where each tensor of a safetensors file lies. Raises CheckpointError unless the file is whole."""
+    """The tensors of a safetensors file by name. Raises CheckpointError unless the file is whole."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         prefix = stream.read(8)
@@ -79,7 +80,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 
 def _entry(file: Path, name: str, entry: Any, base: int) -> TensorInfo:
-    """One tensor of a header, its size checked against its dtype and shape."""
+    """One entry of a header. Raises CheckpointError where its size contradicts its dtype and shape."""
     try:
         dtype, shape = str(entry["dtype"]), tuple(map(int, entry["shape"]))
         start, stop = map(int, entry["data_offsets"])
@@ -93,7 +94,7 @@ def _entry(file: Path, name: str, entry: Any, base: int) -> TensorInfo:
 
 
 def _require_whole(file: Path, tensors: dict[str, TensorInfo], base: int, size: int) -> None:
-    """Raise unless the tensors follow each other without a hole or an overlap up to the end of the file."""
+    """Raise CheckpointError unless the tensors fill the file without a gap or an overlap."""
     end = base
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if info.start != end:
@@ -106,15 +107,15 @@ def _require_whole(file: Path, tensors: dict[str, TensorInfo], base: int, size: 
 
 
 def parse_json(text: bytes, file: Path) -> dict[str, Any]:
-    """A JSON object in which no key occurs twice. Raises CheckpointError, naming `file`."""
+    """A JSON object. Raises CheckpointError, naming `file`, for anything else and where a key occurs twice."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        unique_pairs: dict[str, Any] = {}
         for key, value in pairs:
-            if key in found:
+            if key in unique_pairs:
                 raise damaged(file, f"the key {key!r} occurs twice in its JSON")
-            found[key] = value
-        return found
+            unique_pairs[key] = value
+        return unique_pairs
 
     try:
         parsed = json.loads(text, object_pairs_hook=unique)
@@ -126,5 +127,5 @@ def parse_json(text: bytes, file: Path) -> dict[str, Any]:
 
 
 def damaged(file: Path, what: str) -> CheckpointError:
-    """The error for a file that is not as its format says."""
+    """The error for a file that violates its format."""
     return CheckpointError(f"{file} is damaged: {what}; download it again")

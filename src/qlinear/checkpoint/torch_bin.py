@@ -1,6 +1,6 @@
-"""Files that `torch.save` wrote: what they hold is read with weights_only=True, and no code of theirs is run.
+"""Reads files that `torch.save` wrote, with weights_only=True: no code of theirs is run.
 
-A pickle is a program for a small machine. Of a damaged one, any instruction may meet what it was not made for.
+A pickle is a program for a small stack machine. In a damaged file any instruction may fail, in any way (`UNREADABLE`).
 """
 
 import pickle
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from .safetensors_header import DTYPE_NAMES, TensorInfo, damaged
 
-# What torch.load raises on bytes that are no pickle, or a damaged one.
+# What torch.load raises for bytes that are no pickle, or a damaged one.
 UNREADABLE = (
     ArithmeticError,
     AssertionError,
@@ -32,9 +32,9 @@ UNREADABLE = (
 
 
 def read_pickled(file: Path) -> dict[str, TensorInfo]:
-    """Where each tensor of a torch.save file lies: the data is stored plainly inside its zip archive.
+    """The tensors of a torch.save file by name. Their data is stored uncompressed in the file's zip archive.
 
-    Loaded under a fake-tensor mode, so that no data is read and torch records the offsets. Raises CheckpointError.
+    The file is loaded in fake-tensor mode: no data is read, and torch records the offsets. Raises CheckpointError.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -52,14 +52,14 @@ def read_pickled(file: Path) -> dict[str, TensorInfo]:
 
 
 def _entry(file: Path, name: str, tensor: Any) -> TensorInfo:
-    place = (
+    offset = (
         getattr(tensor.untyped_storage(), "_checkpoint_offset", None) if isinstance(tensor, Tensor) else None
     )
-    if place is None or not tensor.is_contiguous() or tensor.dtype not in DTYPE_NAMES:
+    if offset is None or not tensor.is_contiguous() or tensor.dtype not in DTYPE_NAMES:
         raise CheckpointError(
             f"{file} holds {name} in a form that cannot be streamed: re-save as safetensors"
         )
-    start = place + tensor.storage_offset() * tensor.element_size()
+    start = offset + tensor.storage_offset() * tensor.element_size()
     stop, size = start + tensor.nbytes, file.stat().st_size
     if not 0 <= start <= stop <= size:
         raise damaged(file, f"{name} ends at byte {stop:,} of {size:,}")

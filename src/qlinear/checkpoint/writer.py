@@ -1,12 +1,12 @@
 """Writes safetensors shards tensor by tensor, so that memory holds one tensor at a time and never a shard.
 
-A safetensors file starts with a header that names every tensor, and the header is known only once the last is
-written. So room for it is left at the start of each shard and filled when the shard closes; what remains is
-spaces, which JSON allows. A shard closes when the next tensor would overflow that room or the shard's size.
+The header. A safetensors file starts with a header that names all its tensors, and it is known only once the last one
+is written. So each shard reserves space for it, which is filled when the shard closes and padded with spaces, as JSON
+allows. A shard closes when the next tensor would overflow that space or the shard's size.
 
-Until `finish`, shards are hidden files under names that no reader takes for a checkpoint. `commit` makes what
-was added so far durable and says in a few lines of JSON where it ends; `resume` cuts a folder back to there.
-The same tensors in the same order give the same bytes, whether or not the writer was interrupted in between.
+Resuming. Until `finish`, shards are hidden files under names that no reader takes for a checkpoint. `commit` makes
+everything so far durable and returns its extent as a little JSON. `resume` truncates a folder to that extent. The same
+tensors in the same order give the same bytes, whether or not the writer was interrupted.
 """
 
 import base64
@@ -29,7 +29,7 @@ from .reader import Checkpoint, as_bytes
 from .safetensors_header import BITS, DTYPE_NAMES, DTYPES, read_header
 
 DEFAULT_SHARD_SIZE = 5 * 10**9
-# Some 700 tensors: more than a shard of a dense model holds, while one of many small experts closes early.
+# Enough for some 700 tensors: more than a shard of a dense model has. A shard of many small experts closes early.
 _HEADER_ROOM = 128 << 10
 # A tensor must start at a multiple of its element size, or torch refuses to view it.
 _ALIGNMENT = 8
@@ -38,10 +38,10 @@ _PARTIAL = ".model-{:05d}.safetensors.partial"
 
 @dataclass
 class _Shard:
-    """The shard being written, so far; plain values, so that a journal can hold it.
+    """The current shard; plain values, so that the journal can store it as JSON.
 
-    entries: its header. late: entries, with their data in base64, of tensors that wait for the shard's end.
-    size: bytes of data in the file. late_size: bytes that wait. room: bytes that its header can still take.
+    entries: its header. late: header entries, with their data in base64, of tensors that are written when it closes.
+    size: bytes of data in the file. late_size: bytes of data in `late`. room: bytes left for the header.
     """
 
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -52,10 +52,10 @@ class _Shard:
 
 
 class ShardWriter:
-    """Writes tensors into `folder`, which it makes; a shard holds at most `max_shard_size` bytes of data.
+    """Writes tensors into `folder`, which it creates, in shards of at most `max_shard_size` bytes of data.
 
-    A tensor larger than that has a shard of its own. Every method raises OutputError where the disk is full.
-    checksums: of the tensors that were added, by name, as `verify` compares them.
+    A larger tensor has a shard of its own. Every method raises OutputError where the disk is full. checksums: of the
+    tensors added so far, by name, for `checksums.verify`.
     """
 
     def __init__(self, folder: str | Path, max_shard_size: int = DEFAULT_SHARD_SIZE) -> None:
@@ -72,7 +72,7 @@ class ShardWriter:
 
     @classmethod
     def resume(cls, folder: str | Path, state: dict[str, Any]) -> "ShardWriter":
-        """A writer that goes on from a `state` that `commit` returned; what was written after it is cut off.
+        """A writer that continues from a `state` that `commit` returned; later data is discarded.
 
         Raises OutputError if the folder no longer holds what was committed.
         """
@@ -80,7 +80,7 @@ class ShardWriter:
         self.folder, self.max_shard_size = Path(folder), state["max_shard_size"]
         self._closed, self._shard = state["closed"], _Shard(**json.loads(json.dumps(state["shard"])))
         self.checksums = dict(state["checksums"])
-        self._take_back_names()
+        self._restore_partial_names()
         self._names = {*self._shard.entries, *self._shard.late}
         for number in range(1, self._closed + 1):
             self._names.update(read_header(self._partial(number)))
@@ -88,18 +88,18 @@ class ShardWriter:
         return self
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Append a tensor of any shape, dtype and device; the system has its bytes when this returns."""
+        """Append a tensor of any shape, dtype and device. Its memory is free for reuse when this returns."""
         tensor = tensor.detach().cpu().contiguous()
         self._append(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes, [as_bytes(tensor)])
 
     def copy(self, name: str, checkpoint: Checkpoint, source: str | None = None) -> None:
-        """Append a tensor of a checkpoint, byte for byte; `source` is its name there if it is not `name`."""
+        """Append a tensor of a checkpoint, byte for byte. source: its name there, if that is not `name`."""
         info = checkpoint.info(source or name)
         self._append(name, info.dtype_name, info.shape, info.nbytes, checkpoint.chunks(source or name))
 
     @property
     def names(self) -> Set[str]:
-        """The tensors that were added."""
+        """The names of the tensors that were added."""
         return self._names
 
     def read(self, name: str) -> Tensor:
@@ -116,8 +116,10 @@ class ShardWriter:
         return Checkpoint(self.folder, {}, {name: info}).read(name)
 
     def commit(self) -> tuple[dict[str, Any], Callable[[], None]]:
-        """The JSON-serialisable state that `resume` goes on from, once what was added is durable: the function that is
-        returned makes it so, in whatever thread, while more is added."""
+        """The state for `resume`, as JSON-serialisable values, and a function that makes it durable.
+
+        Use the state only once that function has returned. It may run in another thread while more is added.
+        """
         state = {
             "max_shard_size": self.max_shard_size, "closed": self._closed, "shard": asdict(self._shard),
             "checksums": dict(self.checksums),
@@ -134,10 +136,10 @@ class ShardWriter:
         return state, sync
 
     def finish(self) -> dict[str, str]:
-        """Close the last shard, give all their final names, write the index; returns the weight map.
+        """Close the last shard, rename all shards to their final names, write the index; returns the weight map.
 
-        A single shard is `model.safetensors` and has no index. The folder becomes a checkpoint with its
-        config.json, which the caller writes last.
+        A single shard is `model.safetensors`, without an index. The folder becomes a checkpoint with its config.json,
+        which the caller writes last.
         """
         self._close_shard()
         weight_map, size = {}, 0
@@ -155,7 +157,7 @@ class ShardWriter:
         return weight_map
 
     def close(self) -> None:
-        """Let go of the file without finishing; what was committed can be resumed."""
+        """Close the file without finishing. What was committed can be resumed."""
         os.close(self._file)
 
     def _append(
@@ -163,11 +165,11 @@ class ShardWriter:
     ) -> None:
         if name in self._names:
             raise ValueError(f"{name} was added before")
-        # Offsets of 14 digits, more than any shard needs, so that the room taken does not depend on them.
+        # Offsets of 14 digits, more than any shard needs: the space reserved must not depend on them.
         entry = {"dtype": dtype, "shape": list(shape), "data_offsets": [10**13, 10**13]}
         cost = len(json.dumps({name: entry}))
         self._make_room(nbytes, cost)
-        shard, parts = self._shard, self._summed(name, checksum(dtype, shape), parts)
+        shard, parts = self._shard, self._with_checksum(name, checksum(dtype, shape), parts)
         self._names.add(name)
         shard.room -= cost
         if nbytes % _ALIGNMENT:
@@ -176,15 +178,15 @@ class ShardWriter:
         else:
             self._write(name, entry, parts)
 
-    def _summed(self, name: str, start: int, parts: Iterable[memoryview]) -> Iterator[memoryview]:
-        """The parts, and the tensor's checksum once the last has been taken."""
+    def _with_checksum(self, name: str, crc: int, parts: Iterable[memoryview]) -> Iterator[memoryview]:
+        """The parts unchanged; records the tensor's checksum once the last part has been taken."""
         for part in parts:
-            start = zlib.crc32(part, start)
+            crc = zlib.crc32(part, crc)
             yield part
-        self.checksums[name] = f"{start:08x}"
+        self.checksums[name] = f"{crc:08x}"
 
     def _write(self, name: str, entry: dict[str, Any], parts: Iterable[memoryview]) -> None:
-        """Write a tensor's data at the end of the current shard and enter it in the header."""
+        """Append a tensor's data to the current shard, and its entry to the header."""
         start = self._shard.size
         for part in parts:
             with writing_to(self.folder):
@@ -193,7 +195,7 @@ class ShardWriter:
         self._shard.entries[name] = entry | {"data_offsets": [start, self._shard.size]}
 
     def _make_room(self, nbytes: int, cost: int) -> None:
-        """Start a new shard if the current one cannot take so many bytes of data or of header."""
+        """Start a new shard if the current one has no room for so many bytes of data, or of header."""
         shard = self._shard
         is_full = shard.size + shard.late_size + nbytes > self.max_shard_size or cost > shard.room
         if is_full and (shard.entries or shard.late):
@@ -202,7 +204,7 @@ class ShardWriter:
             self._file = self._create()
 
     def _close_shard(self) -> None:
-        """Append the tensors that waited, wide elements first so that each is aligned; fill in the header."""
+        """Append the late tensors, widest elements first so that all are aligned, and fill in the header."""
         late = sorted(self._shard.late.items(), key=lambda item: (-BITS[item[1]["dtype"]], item[0]))
         for name, entry in late:
             data = base64.b64decode(entry.pop("data"))
@@ -224,7 +226,7 @@ class ShardWriter:
         return file
 
     def _reopen(self) -> int:
-        """The current shard, cut to its committed length and ready to append; later ones are deleted."""
+        """The current shard, truncated to its committed length, ready to append to. Later shards are deleted."""
         current = self._partial(self._closed + 1)
         length = 8 + _HEADER_ROOM + self._shard.size
         if not current.is_file() or current.stat().st_size < length:
@@ -237,8 +239,8 @@ class ShardWriter:
         os.lseek(file, 0, os.SEEK_END)
         return file
 
-    def _take_back_names(self) -> None:
-        """Undo the renames of a `finish` that was interrupted."""
+    def _restore_partial_names(self) -> None:
+        """Undo the renames of an interrupted `finish`."""
         for file in [*self.folder.glob("model-*-of-*.safetensors"), *self.folder.glob("model.safetensors")]:
             file.rename(self._partial(int(file.name.split("-")[1]) if "-" in file.name else 1))
 

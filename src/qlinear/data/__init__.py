@@ -1,8 +1,8 @@
-"""Calibration and evaluation text, from wherever it is, as token ids of equal length.
+"""Calibration and evaluation text from files, the Hub or Python, as token ids of equal length.
 
-Two steps with a list of documents between them: `load_texts` reads a source, `tokenize` cuts its tokens into full
-sequences. `token_ids` is both, with the checks, for every kind of source. A document is a text, or a conversation:
-a list of {"role", "content"} messages that the tokenizer's chat template turns into text.
+Two steps: `load_texts` reads a source into a list of documents; `tokenize` cuts their tokens into full sequences.
+`token_ids` does both, with all checks, for every kind of source. A document is a text, or a conversation: a list of
+{"role", "content"} messages, which the tokenizer's chat template renders as text.
 """
 
 from .sources import Document, load_texts

@@ -1,7 +1,7 @@
-"""Where text comes from: files, folders and Hub datasets, read into a list of documents.
+"""Reads files, folders and Hub datasets into a list of documents.
 
-Every kind of source is a generator of rows, each with the place (file and line) that an error about it names; what
-a row means is decided once, in `_document`.
+Every kind of source is a generator of rows. A row comes with its place (file and line), which errors name. `_document`
+turns a row into a document.
 """
 
 import json
@@ -17,7 +17,7 @@ from ..errors import DataError
 Conversation = Sequence[Mapping[str, Any]]
 Document = str | Conversation
 
-# From a Hub dataset, at most this many rows: calibration needs hundreds, and some have billions.
+# The most rows that are read from a Hub dataset: calibration needs hundreds, and some datasets have billions.
 HUB_ROWS = 10_000
 _HUB_ID = re.compile(r"(?P<id>[\w-][\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+))?")
 
@@ -25,9 +25,9 @@ _HUB_ID = re.compile(r"(?P<id>[\w-][\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+))?")
 def load_texts(source: str | Path) -> list[Document]:
     """The documents of a .txt, .jsonl or .parquet file, of all such files in a folder, or of a Hub dataset.
 
-    A .txt file is one document; a row of the others has one in its column `text` or `messages`. A Hub dataset is
-    named "owner/name" or "owner/name:config", and of its training split the first 10,000 rows are read. Blank
-    texts are left out. Raises DataError, naming file and line, for anything that cannot be read.
+    A .txt file is one document. A row of the other kinds is one document, in its field `text` or `messages`. A Hub
+    dataset is named "owner/name" or "owner/name:config"; the first 10,000 rows of its training split are read. Blank
+    texts are skipped. Raises DataError, naming file and line, for anything that cannot be read.
     """
     texts = [text for place, row in _rows(source) if not _is_blank(text := _document(row, place))]
     if not texts:
@@ -36,7 +36,7 @@ def load_texts(source: str | Path) -> list[Document]:
 
 
 def _rows(source: str | Path) -> Iterator[tuple[str, Any]]:
-    """(place, row) of every row of a source; the place is what an error about the row names."""
+    """(place, row) for every row of a source; errors about the row name the place."""
     path, hub = Path(source), _HUB_ID.fullmatch(str(source))
     if hub and not path.exists() and path.suffix not in _READERS:
         return _hub_rows(hub["id"], hub["config"])
@@ -135,13 +135,13 @@ def _hub_rows(name: str, config: str | None) -> Iterator[tuple[str, Any]]:
         ) from None
 
 
-# How each kind of file becomes rows; a kind is its suffix.
+# How files become rows, by suffix.
 _READERS = {".txt": _text_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
 _KINDS = ", ".join(_READERS)
 
 
 def _from_extra(module: str, purpose: str) -> Any:
-    """A module of the optional extra `data`. Raises DataError, naming the extra, where it is missing."""
+    """Import a module of the optional extra `data`. Raises DataError, naming the extra, where it is missing."""
     try:
         return import_module(module)
     except ImportError:
@@ -149,5 +149,5 @@ def _from_extra(module: str, purpose: str) -> Any:
 
 
 def one_line(error: BaseException) -> str:
-    """The beginning of somebody else's message, fit for the inside of one of ours."""
+    """The beginning of another library's message, on one line, to quote in one of ours."""
     return " ".join(str(error).split())[:300]

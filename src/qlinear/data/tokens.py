@@ -1,7 +1,7 @@
-"""Documents to token ids of equal length.
+"""Turns documents into token ids of equal length.
 
-Documents are strung together and the stream is cut into full sequences: none is ever padded, so padding cannot enter
-a statistic and nothing downstream needs an attention mask.
+Documents are concatenated, and the stream is cut into full sequences. Nothing is padded, so padding cannot enter a
+statistic, and no attention mask is needed.
 """
 
 import random
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import DataError
 from .sources import Conversation, Document, is_conversation, load_texts, one_line
 
-if TYPE_CHECKING:  # importing transformers takes seconds, and random ids and tensors never need it
+if TYPE_CHECKING:  # importing transformers takes seconds, and random ids and tensors do not need it
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 Source = str | Path | Tensor | Iterable[Document]
@@ -31,11 +31,12 @@ def token_ids(
     tokenizer: "Callable[[], PreTrainedTokenizerBase]",
     seed: int | None = 0,
 ) -> Tensor:
-    """Token ids (n, seq_len), int64, from any source; n is at most `samples`, and fewer where text runs out.
+    """Token ids (n, seq_len), int64, from any source; n is at most `samples`, fewer where the text is short.
 
-    source: "random"; a .txt, .jsonl or .parquet file, or a folder of them; a Hub dataset id; documents; or ids
-    (n, any length) themselves, which are taken as they are, all of them. tokenizer: called only where there is
-    text to tokenize. seed: of the choice of sequences; None takes the first ones in order. Raises DataError.
+    source: "random"; a .txt, .jsonl or .parquet file, or a folder of them; a Hub dataset id; documents; or token ids
+    (n, any length), which are used as they are, all of them. config: the model's. tokenizer: returns the tokenizer;
+    called only where there is text. seed: for the choice of sequences; None takes the first ones in order. Raises
+    DataError.
     """
     text_config = config.get_text_config()
     if isinstance(source, Tensor):
@@ -49,7 +50,7 @@ def token_ids(
 
 
 def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a checkpoint folder. Raises DataError where there is none that can tell words apart."""
+    """The tokenizer of a checkpoint folder. Raises DataError where there is none with a real vocabulary."""
     from transformers import AutoTokenizer
 
     mend = "put the tokenizer's files there, or calibrate on 'random' or on token ids"
@@ -59,7 +60,7 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> "P
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise DataError(f"no tokenizer can be loaded from {folder}: {one_line(error)}; {mend}") from None
-    # Where no tokenizer file is found, transformers may answer with one that knows only its special tokens.
+    # Without a tokenizer file, transformers may return a tokenizer that has only special tokens.
     if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
         raise DataError(f"no tokenizer in {folder}: {mend}")
     return tokenizer
@@ -72,12 +73,12 @@ def tokenize(
     seq_len: int,
     seed: int | None = 0,
 ) -> Tensor:
-    """Full sequences (n, seq_len), int64, of the documents strung together; n is at most `samples`.
+    """Full sequences (n, seq_len), int64, of the concatenated documents; n is at most `samples`.
 
-    Each document brings the special tokens that the tokenizer gives it (BOS, where it does that). With a seed,
-    documents are shuffled and sequences drawn from as many as are needed; with None, the first sequences in order.
-    Where there is too little text, all its full sequences come back, fewer than asked. Raises DataError for no
-    text, less than one sequence of it, and conversations without a chat template.
+    Every document has the special tokens that the tokenizer adds, such as BOS. With a seed, documents are shuffled, as
+    many as needed are tokenized, and sequences are drawn from them. With None, the first sequences are taken in order.
+    Too little text gives fewer sequences than asked for. Raises DataError for no text, for less than one sequence, and
+    for conversations where the tokenizer has no chat template.
     """
     _require_positive(samples=samples, seq_len=seq_len)
     documents, draw = list(texts), random.Random(seed)
@@ -95,14 +96,14 @@ def tokenize(
         raise DataError(
             f"the text has {len(stream)} tokens, fewer than seq_len {seq_len}: give more text or shorter sequences"
         )
-    kept = list(range(min(samples, rows)))
+    chosen = list(range(min(samples, rows)))
     if seed is not None:
-        kept = sorted(draw.sample(range(rows), len(kept)))
-    return torch.tensor(stream[: rows * seq_len]).view(rows, seq_len)[kept]
+        chosen = sorted(draw.sample(range(rows), len(chosen)))
+    return torch.tensor(stream[: rows * seq_len]).view(rows, seq_len)[chosen]
 
 
 def _encode(document: Document, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The token ids of one document. A chat template writes the special tokens itself, so none are added to it."""
+    """The token ids of one document. A chat template writes the special tokens itself, so none are added."""
     if isinstance(document, str):
         ids: list[int] = tokenizer(document, verbose=False)["input_ids"]
         return ids
@@ -129,12 +130,12 @@ def _as_text(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase") -
 
 
 def random_ids(config: "PreTrainedConfig", samples: int, seq_len: int, seed: int = 0) -> Tensor:
-    """Uniformly random ids (samples, seq_len), int64, for experiments that need no text.
+    """Uniformly random token ids (samples, seq_len), int64, for experiments that need no text.
 
-    Ids that the config names (padding, image placeholders, ...) are left out: models treat them specially.
+    Ids that the config names (padding, image placeholders, ...) are excluded, because models treat them specially.
     """
-    named = {value for key, value in _flat(config.to_dict()) if re.search("token_(id|index)$", key)}
-    allowed = [i for i in range(config.get_text_config().vocab_size) if i not in named]
+    special = {value for key, value in _flat(config.to_dict()) if re.search("token_(id|index)$", key)}
+    allowed = [i for i in range(config.get_text_config().vocab_size) if i not in special]
     if not allowed:
         raise DataError(
             "the vocabulary has no ordinary tokens to draw random ids from: give text or token ids"
@@ -144,16 +145,16 @@ def random_ids(config: "PreTrainedConfig", samples: int, seq_len: int, seed: int
 
 
 def _flat(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Key and integer value of a config and of the configs nested in it; lists give one pair per element."""
+    """(key, integer) pairs of a config and its nested configs; a list gives one pair per element."""
     for key, value in config.items():
         if isinstance(value, Mapping):
             yield from _flat(value)
-        for each in value if isinstance(value, list) else [value]:
-            if isinstance(each, int):
-                yield key, each
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, int):
+                yield key, item
 
 
-# Other names (n_positions, ...) are aliases that the config itself resolves.
+# The config itself resolves other names, such as n_positions, to these.
 _LIMITS = ("max_position_embeddings", "max_seq_len")
 
 
@@ -167,17 +168,17 @@ def check_length(config: "PreTrainedConfig", seq_len: int) -> None:
 
 
 def most_positions(config: "PreTrainedConfig") -> int | None:
-    """The longest sequence that the model was made for, as far as its config says."""
+    """The longest sequence that the model was made for; None where its config does not say."""
     return min(_limits(config).values(), default=None)
 
 
 def _limits(config: "PreTrainedConfig") -> dict[str, int]:
-    found = {name: getattr(config.get_text_config(), name, None) for name in _LIMITS}
-    return {name: limit for name, limit in found.items() if isinstance(limit, int) and limit > 0}
+    limits = {name: getattr(config.get_text_config(), name, None) for name in _LIMITS}
+    return {name: limit for name, limit in limits.items() if isinstance(limit, int) and limit > 0}
 
 
 def _checked_ids(ids: Tensor, config: "PreTrainedConfig") -> Tensor:
-    """Ids as int64, once they are known to be (n, seq_len) of the model's vocabulary and length."""
+    """Token ids as int64. Raises DataError unless they are (n, seq_len), in the model's vocabulary and length."""
     if ids.dim() != 2 or ids.numel() == 0 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise DataError(
             f"token ids must be an integer tensor (n, seq_len), n and seq_len at least 1; got {tuple(ids.shape)} "

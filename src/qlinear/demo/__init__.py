@@ -1,8 +1,9 @@
-"""The embedded model and text, so that the first command needs nothing: no download, no account, no data.
+"""The embedded model and its text, so that the first command needs no download, no account and no data.
 
-A small Llama with grouped-query attention, trained on the documentation that ships inside Python, with calibration
-and evaluation text that it was not trained on. Outlier channels, as large models grow them, are planted in it by
-exact powers of two (docs/demo.md says how and why); `write_unplanted` gives the model as it was trained.
+The model is a small Llama with grouped-query attention, trained on the documentation that ships inside Python. The
+calibration and evaluation texts were not in its training set. Large models have outlier channels, small ones do not;
+so outliers are planted: some channels are scaled by exact powers of two, and the scaling is undone elsewhere
+(docs/demo.md says how and why). `write_unplanted` writes the model as it was trained.
 """
 
 import json
@@ -19,22 +20,22 @@ from ..data import load_texts
 _HERE = Path(__file__).parent
 _WEIGHTS = "model.safetensors"
 
-# What was planted: for each tensor the (dim, {index: exponent}) by which its slices were multiplied by 2^exponent.
+# By tensor: a list of (dim, {index: exponent}). The slice at that index of that dim was multiplied by 2^exponent.
 Plan = Mapping[str, list[tuple[int, Mapping[int, int]]]]
 
 
 def checkpoint_path() -> Path:
-    """The folder of the embedded checkpoint, bf16, in Hugging Face's layout."""
+    """The folder of the embedded checkpoint: bfloat16, in Hugging Face's format."""
     return _HERE / "checkpoint"
 
 
 def calibration_text() -> list[str]:
-    """Documents to calibrate on, about 78,000 tokens; none of their paragraphs is in the other two sets."""
+    """Documents to calibrate on, about 78,000 tokens. The three sets (training too) share no paragraph."""
     return _texts("calibration")
 
 
 def evaluation_text() -> list[str]:
-    """Documents to evaluate on, about 37,000 tokens; none of their paragraphs is in the other two sets."""
+    """Documents to evaluate on, about 37,000 tokens. The three sets (training too) share no paragraph."""
     return _texts("evaluation")
 
 
@@ -54,9 +55,9 @@ def planted() -> Plan:
 
 
 def rescaled(tensors: Mapping[str, Tensor], plan: Plan, sign: int = 1) -> dict[str, Tensor]:
-    """The tensors with their planned slices multiplied by 2^(sign · exponent), which is exact in bf16 and float32.
+    """The tensors with the slices of a plan multiplied by 2^(sign · exponent), which is exact in bfloat16 and float32.
 
-    sign: 1 plants, -1 takes back. Tensors that the plan does not name are returned as they are.
+    sign: 1 plants outliers, -1 removes them. Tensors that the plan does not name are returned unchanged.
     """
     result = dict(tensors)
     for name, scalings in plan.items():
@@ -70,9 +71,9 @@ def rescaled(tensors: Mapping[str, Tensor], plan: Plan, sign: int = 1) -> dict[s
 
 
 def write_unplanted(folder: str | Path) -> Path:
-    """Write the embedded checkpoint without its planted outliers into a folder, and return the folder.
+    """Write the embedded checkpoint without its planted outliers into a folder; returns the folder.
 
-    Its function is the same, bit for bit, in bf16 and float32. Files that are already there are replaced.
+    Its outputs are the same, bit for bit, in bfloat16 and float32. Existing files are replaced.
     """
     folder = Path(folder)
     shutil.copytree(checkpoint_path(), folder, dirs_exist_ok=True)

@@ -1,4 +1,4 @@
-"""Memory that is used again: blocks of a model have the same shapes, and fresh pages cost a fault each."""
+"""Reuses the memory of one block's weights for the next: shapes repeat, and every fresh page costs a page fault."""
 
 from collections import defaultdict
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class BufferPool:
-    """Tensors that are no longer needed, by shape, dtype and device, for the next that needs such a one."""
+    """Free tensors by shape, dtype and device. Two threads may use it at once."""
 
     def __init__(self) -> None:
         self._free: defaultdict[tuple[torch.Size, torch.dtype, torch.device], list[Tensor]] = defaultdict(
@@ -15,16 +15,12 @@ class BufferPool:
         )
 
     def take(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A tensor with whatever contents: one that was given, or a new one."""
-        try:  # a thread may be taking one at the same time
+        """A tensor with arbitrary contents: a free one, or a new one."""
+        try:  # not a check first: another thread may take the last one in between
             return self._free[shape, dtype, device].pop()
         except IndexError:
             return torch.empty(shape, dtype=dtype, device=device)
 
     def give(self, tensor: Tensor) -> None:
-        """Offer a tensor that nothing uses any more."""
+        """Make a tensor free for reuse. The caller must not use it afterwards."""
         self._free[tensor.shape, tensor.dtype, tensor.device].append(tensor.detach())
-
-    def clear(self) -> None:
-        """Let go of everything."""
-        self._free.clear()

@@ -1,7 +1,7 @@
-"""Whether a model runs at all, as transformers has it: asked after something failed while it ran.
+"""Tells a fault of the model from a fault of qlinear, after a forward has failed.
 
-What fails inside a model's forward can be the model's own fault (a config that its class takes and cannot run with) or
-ours. So the model is run once more as it is, with nothing of ours in its way; what fails again is the model's.
+A forward can fail because of the model, for example a config that its class accepts but cannot run, or because of
+qlinear. So the unmodified model is run once more on random weights. If that fails too, the fault is the model's.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -11,31 +11,31 @@ import torch
 from torch import nn
 
 from ..errors import QLinearError, StructureError
-from .random_weights import each_kind_once, one_column_weights, random_weights, short_dummy_ids
+from .random_weights import one_column_weights, one_run_per_kind, random_weights, short_dummy_ids
 
-# What other people's code raises where it can't go on.
-_FOREIGN = (
+# What a model's code may raise.
+_MODEL_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError,
 )  # fmt: skip
 
 
 @contextmanager
-def diagnosing(given: Callable[[], tuple[nn.Module, Mapping[str, nn.Module]]]) -> Iterator[None]:
-    """Inside, what fails because the model's own forward does is a StructureError that says so.
+def diagnosing(make_model: Callable[[], tuple[nn.Module, Mapping[str, nn.Module]]]) -> Iterator[None]:
+    """Context manager: a failure of the model's own forward becomes a StructureError.
 
-    given: the model, with its parameters on meta, and its blocks by name; called after a failure.
+    make_model: called after a failure; returns the unmodified model, its parameters on meta, and its blocks by name.
     """
     try:
         yield
     except QLinearError:
         raise
-    except _FOREIGN:
-        require_runs(*given())
+    except _MODEL_ERRORS:
+        require_runs(*make_model())
         raise
 
 
 def require_runs(model: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
-    """Raise StructureError if the model cannot be run on a few tokens, with random weights; it names the block.
+    """Raise StructureError, naming the block, if the model cannot run a few tokens with random weights.
 
     model: with its parameters on meta.
     """
@@ -44,10 +44,10 @@ def require_runs(model: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
         with (
             torch.no_grad(),
             random_weights(model.modules(), one_column_weights),
-            each_kind_once(blocks) as running,
+            one_run_per_kind(blocks) as running,
         ):
             model(short_dummy_ids(model), use_cache=False)
-    except _FOREIGN as error:
+    except _MODEL_ERRORS as error:
         where = f"in {running[-1]}" if running else "outside of its blocks"
         reason = " ".join(str(error).split())[:300]
         raise StructureError(

@@ -9,11 +9,10 @@ from ..errors import StructureError
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that a model is a chain of, by name, in the order of the module tree.
+    """The blocks of a model by name, in the order of the module tree.
 
-    They are the elements of its outermost `ModuleList`s that hold at least two matrices each. Which of them a
-    text passes through, and in which order, shows when it does.
-    Raises StructureError if there is none.
+    A block is an element of an outermost `ModuleList` that has at least two matrices. Which blocks a text passes
+    through, and in which order, is known only when it does. Raises StructureError if there is none.
     """
     blocks: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -34,7 +33,7 @@ def _is_block(module: nn.Module) -> bool:
 
 
 def shared_parameters(blocks: Iterable[nn.Module]) -> dict[nn.Module, frozenset[str]]:
-    """The parameters of each block that another block holds too, by their names in it."""
+    """The parameters of each block that another block has too, by their names in the block."""
     blocks = list(dict.fromkeys(blocks))
     holders = Counter(id(parameter) for block in blocks for parameter in block.parameters())
     return {

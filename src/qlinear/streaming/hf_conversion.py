@@ -1,9 +1,10 @@
-"""Recipes: how transformers makes a model's parameters from the tensors of a file, and the way back.
+"""How transformers makes a model's parameters from the tensors of a file, and the way back.
 
-Most parameters are one tensor of the file, perhaps under another name. Some architectures differ: transformers
-stacks the experts of a mixture into one three-dimensional parameter, splits a fused projection, or permutes
-rows for its rotary embedding. It has rules for each (`WeightConverter`); they are used here as they are, a
-parameter at a time, and reversed. This is the one file that knows those internals of transformers.
+Most parameters are one tensor of the file, perhaps under another name. Some architectures differ: transformers stacks
+the experts of a mixture into one three-dimensional parameter, splits a fused projection, or permutes rows for its
+rotary embedding. Its rules for that (`WeightConverter`) are applied here one parameter at a time, and reversed.
+
+This is the only file that uses those internals of transformers.
 """
 
 import dataclasses
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
-    """How some parameters come from some tensors of the file.
+class Conversion:
+    """How some parameters of the model are made from some tensors of the file.
 
-    sources: their names, in the converter's order. patterns: for each, the converter's pattern that matched it.
-    targets: the model's names. converter: None where the one source is the one target, unchanged.
+    sources: the tensors' names, in the converter's order. patterns: for each source, the converter's pattern that
+    matched it. targets: the parameters' names. converter: None where the only source is the only target, unchanged.
     """
 
     sources: tuple[str, ...]
@@ -39,8 +40,11 @@ class Recipe:
 
 def find_conversions(
     model: "PreTrainedModel", checkpoint: Checkpoint, state: Mapping[str, Tensor]
-) -> tuple[list[Recipe], list[str]]:
-    """Recipes for all that the checkpoint holds for the model, and the tensors that the model does not use."""
+) -> tuple[list[Conversion], list[str]]:
+    """Conversions for all parameters that the checkpoint has, and the names of tensors that the model does not use.
+
+    state: the model's parameters and persistent buffers by name. Raises CheckpointError where a shape differs.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,
@@ -64,47 +68,50 @@ def find_conversions(
             groups.setdefault(target, []).append((source, pattern))
         else:
             unused.append(source)
-    recipes = [
-        _plan(target, found, converter_of, checkpoint, model, state) for target, found in groups.items()
+    conversions = [
+        _plan(target, matches, converter_of, checkpoint, model, state) for target, matches in groups.items()
     ]
-    return recipes, unused
+    return conversions, unused
 
 
 def _plan(
     target: str,
-    found: list[tuple[str, str | None]],
+    matches: list[tuple[str, str | None]],
     converter_of: Mapping[str, "WeightConverter"],
     checkpoint: Checkpoint,
     model: "PreTrainedModel",
     state: Mapping[str, Tensor],
-) -> Recipe:
-    """The recipe for a target, tried on tensors without data, so that its targets' names and shapes are known."""
-    sources, patterns = zip(*found, strict=True)
+) -> Conversion:
+    """The conversion for a target. It is run on meta tensors, to learn its targets' names and shapes.
+
+    matches: the sources, each with the converter's pattern that matched it.
+    """
+    sources, patterns = zip(*matches, strict=True)
     infos = [checkpoint.info(source) for source in sources]
     if patterns[0] is None:
-        recipe = Recipe(sources[:1], (), (target,))
-        made = {target: torch.empty(infos[0].shape, device="meta")}
+        conversion = Conversion(sources[:1], (), (target,))
+        targets = {target: torch.empty(infos[0].shape, device="meta")}
     else:
-        recipe = Recipe(sources, patterns, (target,), converter_of[patterns[0]])
-        made = convert(recipe, [torch.empty(info.shape, device="meta") for info in infos], model)
-        recipe = dataclasses.replace(recipe, targets=tuple(made))
-    for name, tensor in made.items():
+        conversion = Conversion(sources, patterns, (target,), converter_of[patterns[0]])
+        targets = convert(conversion, [torch.empty(info.shape, device="meta") for info in infos], model)
+        conversion = dataclasses.replace(conversion, targets=tuple(targets))
+    for name, tensor in targets.items():
         if name in state and tensor.shape != state[name].shape:
             raise CheckpointError(
                 f"{infos[0].file} holds {sources[0]} of shape {list(infos[0].shape)}, which makes {name} "
                 f"{list(tensor.shape)} where the config asks for {list(state[name].shape)}: mend one of them"
             )
-    return recipe
+    return conversion
 
 
 def _run(
     converter: "WeightTransform", tensors: dict[str, list[Tensor]], name: str, model: "PreTrainedModel"
 ) -> dict[str, Tensor]:
-    """A converter's operations on tensors by source pattern; the results by target pattern."""
-    found: dict[str, Any] = dict(tensors)
+    """Apply a converter's operations. tensors: by source pattern. Returns the results by target pattern."""
+    results: dict[str, Any] = dict(tensors)
     for operation in converter.operations:  # type: ignore[attr-defined]
-        found = operation.convert(
-            found,
+        results = operation.convert(
+            results,
             source_patterns=converter.source_patterns,
             target_patterns=converter.target_patterns,
             full_layer_name=name,
@@ -112,69 +119,76 @@ def _run(
             config=model.config,
             missing_keys=None,
         )
-    return {key: value[0] if isinstance(value, list) else value for key, value in found.items()}
+    return {key: value[0] if isinstance(value, list) else value for key, value in results.items()}
 
 
-def convert(recipe: Recipe, tensors: Sequence[Tensor], model: "PreTrainedModel") -> dict[str, Tensor]:
-    """The targets that a recipe makes from its sources, by the model's names."""
-    assert recipe.converter is not None
+def convert(conversion: Conversion, tensors: Sequence[Tensor], model: "PreTrainedModel") -> dict[str, Tensor]:
+    """The targets of a conversion by the model's names, made from the tensors of its sources.
+
+    Raises CheckpointError where the tensors do not fit together.
+    """
+    assert conversion.converter is not None
     by_pattern: dict[str, list[Tensor]] = {}
-    for pattern, tensor in zip(recipe.patterns, tensors, strict=True):
+    for pattern, tensor in zip(conversion.patterns, tensors, strict=True):
         by_pattern.setdefault(pattern, []).append(tensor)
     try:
-        made = _run(recipe.converter, by_pattern, recipe.targets[0], model)
+        results = _run(conversion.converter, by_pattern, conversion.targets[0], model)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{recipe.targets[0]} cannot be made from {recipe.sources[0]} and what belongs to it ({reason}): "
+            f"{conversion.targets[0]} cannot be made from {conversion.sources[0]} and what belongs to it ({reason}): "
             "download the checkpoint again, or mend its config.json"
         ) from None
-    # The converter names its results by pattern; one of them is part of the target's full name.
-    full = recipe.targets[0].replace("*.", "0.")
-    prefix, _, suffix = next((full.partition(key) for key in made if key in full), ("", "", ""))
-    return {prefix + key + suffix: tensor for key, tensor in made.items()}
+    # The converter names its results by pattern. One of the patterns is part of the first target's full name.
+    full = conversion.targets[0].replace("*.", "0.")
+    prefix, _, suffix = next((full.partition(key) for key in results if key in full), ("", "", ""))
+    return {prefix + key + suffix: tensor for key, tensor in results.items()}
 
 
-def is_stack(recipe: Recipe) -> bool:
-    """Whether a converter only stacks matrices, or stacks them and puts two stacks side by side: experts, mostly."""
+def is_stack(conversion: Conversion) -> bool:
+    """Whether a conversion only stacks matrices, or stacks them and concatenates two stacks, as for experts."""
     from transformers.core_model_loading import Concatenate, MergeModulelist
 
-    steps = [] if recipe.converter is None else [(type(op), vars(op)) for op in recipe.converter.operations]
+    steps = (
+        []
+        if conversion.converter is None
+        else [(type(op), vars(op)) for op in conversion.converter.operations]
+    )
     stack, side_by_side = (
         (MergeModulelist, {"dim": 0}),
         (Concatenate, {"dim": 1, "num_shards_attribute": None}),
     )
-    return len(recipe.targets) == 1 and steps in ([stack], [stack, side_by_side])
+    return len(conversion.targets) == 1 and steps in ([stack], [stack, side_by_side])
 
 
-def parts(recipe: Recipe, target: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Where each source of a plain or stacking recipe goes: the part of the target that it is to be read into."""
-    if recipe.converter is None:
-        yield recipe.sources[0], target
+def parts(conversion: Conversion, target: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """For each source of a plain or stacking conversion, the part of the target that it is read into."""
+    if conversion.converter is None:
+        yield conversion.sources[0], target
         return
-    # By pattern, gate and up for instance, then by expert: as the converter collects and then concatenates them.
-    patterns = [p for p in recipe.converter.source_patterns if p in recipe.patterns]
+    # By pattern (gate, then up), and then by expert: the converter's own order of stacking and concatenating.
+    patterns = [p for p in conversion.converter.source_patterns if p in conversion.patterns]
     pieces = dict(zip(patterns, target.chunk(len(patterns), dim=1), strict=True))
     seen = Counter[str]()
-    for source, pattern in zip(recipe.sources, recipe.patterns, strict=True):
+    for source, pattern in zip(conversion.sources, conversion.patterns, strict=True):
         yield source, pieces[pattern][seen[pattern]]
         seen[pattern] += 1
 
 
-def reverse(recipe: Recipe, tensors: Sequence[Tensor], model: "PreTrainedModel") -> dict[str, Tensor]:
-    """The sources of a recipe, made back from its targets."""
-    if recipe.converter is None:
-        return {recipe.sources[0]: tensors[0]}
-    back = recipe.converter.reverse_transform()
+def reverse(conversion: Conversion, tensors: Sequence[Tensor], model: "PreTrainedModel") -> dict[str, Tensor]:
+    """The sources of a conversion by the file's names, made back from its targets."""
+    if conversion.converter is None:
+        return {conversion.sources[0]: tensors[0]}
+    back = conversion.converter.reverse_transform()
     if len(back.source_patterns) == 1:
         given = {back.source_patterns[0]: list(tensors)}
     else:
         given = {p: [tensor] for p, tensor in zip(back.source_patterns, tensors, strict=True)}
-    made = _run(back, given, recipe.sources[0], model)
-    found, seen = {}, Counter[str]()
-    for source, pattern in zip(recipe.sources, recipe.patterns, strict=True):
-        # The i-th source of a pattern comes back under that pattern with i in the place of its star.
-        target = back.target_patterns[recipe.converter.source_patterns.index(pattern)]
-        found[source] = made[target.replace("*", str(seen[pattern]))]
+    results = _run(back, given, conversion.sources[0], model)
+    sources, seen = {}, Counter[str]()
+    for source, pattern in zip(conversion.sources, conversion.patterns, strict=True):
+        # The i-th source of a pattern comes back under that pattern, with i for its star.
+        target = back.target_patterns[conversion.converter.source_patterns.index(pattern)]
+        sources[source] = results[target.replace("*", str(seen[pattern]))]
         seen[pattern] += 1
-    return found
+    return sources

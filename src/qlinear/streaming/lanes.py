@@ -1,13 +1,13 @@
-"""The model's own forward, paused at its block boundaries.
+"""Runs the model's own forward, paused at its block boundaries.
 
-A checkpoint can be larger than memory, so the calibration set has to pass through the model one block at a
-time: all of it through block 0, then all of it through block 1. Rewriting each architecture's forward to do
-that would mean masks, rotary tables, shared key/value states and per-layer inputs by hand, model by model.
+Why: a checkpoint can be larger than memory. So the whole calibration set passes through block 0, then through block 1,
+and so on. Rewriting every architecture's forward for that would mean masks, rotary tables, shared key/value states and
+per-layer inputs by hand, model by model.
 
-Instead every micro-batch is a `Lane`: the unmodified `model.forward` in a thread of its own. When it calls a
-block, the call is handed to the main thread and the lane sleeps until it is given the block's output. Only one
-thread ever runs, and all of a block's arithmetic happens in the main one (each new thread that multiplies would
-start a pool of its own). Between two blocks a lane holds what the model holds there, and nothing else.
+How: every micro-batch is a `Lane`, which runs the unmodified `model.forward` in a thread of its own. When the forward
+calls a block, the lane hands the call to the main thread and sleeps until it gets the block's output. Only one thread
+runs at a time. All of a block's arithmetic happens in the main thread, because each new thread that multiplies would
+start a thread pool of its own. Between two blocks a lane holds only what the model itself holds there.
 """
 
 import threading
@@ -28,17 +28,17 @@ from .spill import Slot, Spill
 
 R = TypeVar("R")
 
-# Bytes that a hidden state must have for the disk to be worth its while.
-_WORTH_IT = 64 << 10
+# Hidden states of fewer bytes stay in memory: writing them would cost more than it frees.
+_MIN_SPILLED_BYTES = 64 << 10
 
 
 class _Closed(BaseException):
-    """Unwinds a lane that is no longer needed; not an Exception, so that no model code swallows it."""
+    """Unwinds a lane that is no longer needed. Not an Exception, so that no model code catches it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call of a block that is waiting to be answered: what the model passed to it."""
+    """A paused call of a block: the arguments that the model passed to it."""
 
     module: nn.Module
     forward: Callable[..., Any]
@@ -46,28 +46,28 @@ class Call:
     kwargs: dict[str, Any]
 
     def run(self, by: nn.Module | None = None) -> Any:
-        """The block's output for this call, or that of what stands in its place."""
+        """The block's output for this call, or the output of the module `by` that replaces it."""
         forward = self.forward if by is None or by is self.module else by
         return forward(*self.args, **self.kwargs)
 
     def copied(self) -> "Call":
-        """The same call on copies of what it is given."""
+        """The same call on copies of its arguments."""
         args, kwargs = copied((self.args, self.kwargs))
         return replace(self, args=args, kwargs=kwargs)
 
-    def run_until(self, enough: type[BaseException]) -> None:
-        """Run the block for what is seen on the way, until that raises `enough`."""
-        with suppress(enough):
+    def run_until(self, stop: type[BaseException]) -> None:
+        """Run the block for its hooks' sake, until one of them raises `stop`."""
+        with suppress(stop):
             self.run()
 
     @property
     def hidden(self) -> Any:
-        """What the block is to work on: its first argument."""
+        """The block's hidden state: its first argument."""
         return self.args[0] if self.args else self.kwargs.get("hidden_states")
 
 
 def copied(tree: Any) -> Any:
-    """A copy of arguments: of tensors, and of objects that may hold some, such as a cache of keys and values."""
+    """A copy of arguments: of tensors, and of objects that may hold tensors, such as a key/value cache."""
 
     def copy(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
@@ -78,10 +78,10 @@ def copied(tree: Any) -> Any:
 
 
 class Lane(threading.Thread):
-    """One micro-batch on its way through `model.forward`.
+    """One micro-batch in `model.forward`.
 
-    `call` is the block call that the lane waits in, None once the model has returned; then `output` is its output.
-    `spill` takes its hidden state while memory is short.
+    call: the block call that the lane is paused in; None once the model has returned. output: the model's output, then.
+    spill: where the hidden state waits while memory is short.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Lane(threading.Thread):
         self._paused: SimpleQueue[None] = SimpleQueue()
 
     def run(self) -> None:
-        """The thread: runs the model; exceptions are carried to the thread that steps the lane."""
+        """The thread's function: run the model. Exceptions reach the thread that steps the lane."""
         try:
             with torch.no_grad():
                 self.output = self._model(**self._inputs)
@@ -109,7 +109,7 @@ class Lane(threading.Thread):
 
     @property
     def waiting(self) -> Call:
-        """The call that the lane waits in, all in memory. Raises StructureError if the model has returned."""
+        """The paused call, with its hidden state in memory. Raises StructureError if the model has returned."""
         if self.call is None:
             raise StructureError("the lane has already passed the whole model")
         if self._spill is not None and self._is_spilled:
@@ -118,7 +118,7 @@ class Lane(threading.Thread):
         return self.call
 
     def wait_for(self, call: Call) -> Any:
-        """From inside the lane: pause in `call` until it is answered, and return the answer."""
+        """Pause in `call` until the main thread gives its output, and return that. Called by the lane's own thread."""
         self.call = call
         del call
         self._paused.put(None)
@@ -133,23 +133,23 @@ class Lane(threading.Thread):
         self._until_paused()
 
     def advance(self, output: Any) -> None:
-        """Answer the waiting call, and run up to the next block or the end."""
+        """Give the paused call its output, and run up to the next block or the end."""
         self.call = None
         self._answers.put(output)
         self._until_paused()
 
     def step(self, by: nn.Module | None = None) -> None:
-        """Run the block that the lane waits in, or what stands in its place, and go on to the next."""
+        """Run the paused block, or the module `by` that replaces it, and go on to the next block."""
         self.advance(self.waiting.run(by))
 
     def rehearse(self, run: Callable[[Call], R]) -> R:
-        """Do something with a copy of the call that the lane waits in, and stay: what `run` gives."""
-        given = run(self.waiting.copied())
-        self._rest()
-        return given
+        """Apply `run` to a copy of the paused call and return its result. The lane stays where it is."""
+        result = run(self.waiting.copied())
+        self._spill_hidden()
+        return result
 
     def close(self) -> None:
-        """End the lane wherever it stands; one that runs, as after Ctrl-C, ends at its next block."""
+        """End the lane wherever it is. A lane that is running, as after Ctrl-C, ends at its next block."""
         self.call = None
         self._answers.put(_Closed())
         self.join()
@@ -158,25 +158,24 @@ class Lane(threading.Thread):
         self._paused.get()
         if self._failure is not None:
             raise self._failure
-        self._rest()
+        self._spill_hidden()
 
-    def _rest(self) -> None:
-        """Let the hidden state wait on the disk if memory is short."""
+    def _spill_hidden(self) -> None:
+        """Move the hidden state to the disk if memory is short."""
         if self._spill is None or self.call is None or not self._spill.is_short:
             return
         hidden = self.call.hidden
-        if isinstance(hidden, Tensor) and hidden.nbytes >= _WORTH_IT and hidden.device.type == "cpu":
+        if isinstance(hidden, Tensor) and hidden.nbytes >= _MIN_SPILLED_BYTES and hidden.device.type == "cpu":
             self._slot = self._spill.put(hidden, self._slot)
             self._is_spilled = True
 
 
 class Lanes:
-    """The micro-batches of a calibration set, standing before the same block.
+    """The micro-batches of a calibration set, all paused before the same block. A context manager.
 
-    model: called once per lane. blocks: the modules to pause at. batches: keyword arguments of each call.
-    spill: where hidden states wait while memory is short; None keeps all in memory.
-    Use it as a context manager: on entry every lane runs up to its first block, on exit all are ended and the
-    model's modules are as they were.
+    model: called once per lane. blocks: the modules to pause at. batches: keyword arguments of each call. spill: where
+    hidden states wait while memory is short; None keeps all in memory. On entry every lane runs up to its first block.
+    On exit all lanes end, and the model's modules are as they were.
     """
 
     def __init__(
@@ -223,25 +222,25 @@ class Lanes:
 
     @property
     def at(self) -> nn.Module | None:
-        """The block that every lane stands before; None once the model has returned in all of them.
+        """The block that all lanes are paused before; None once the model has returned in all of them.
 
-        Raises StructureError if the model sent its micro-batches different ways.
+        Raises StructureError if the lanes are at different blocks.
         """
-        standing = {
+        current = {
             id(lane.call.module): lane.call.module if lane.call else None for lane in self._lanes if lane.call
         }
-        if not standing:
+        if not current:
             return None
-        if len(standing) > 1 or any(lane.call is None for lane in self._lanes):
+        if len(current) > 1 or any(lane.call is None for lane in self._lanes):
             raise StructureError(
                 "the model's path depends on its input: micro-batches stand before different blocks, so it cannot "
                 "be calibrated block by block"
             )
-        return next(iter(standing.values()))
+        return next(iter(current.values()))
 
 
 def _pausing(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward`, except that a lane which calls it waits for an answer instead."""
+    """A forward that pauses the lane that calls it; in any other thread it is `forward`."""
 
     def paused(*args: Any, **kwargs: Any) -> Any:
         lane = threading.current_thread()
@@ -253,5 +252,5 @@ def _pausing(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any
 
 
 def batches_of(tokens: Tensor, batch_size: int) -> list[dict[str, Any]]:
-    """Token ids (n, seq_len) as the keyword arguments of one model call per micro-batch of `batch_size` rows."""
+    """Token ids (n, seq_len) as keyword arguments of model calls, one per micro-batch of `batch_size` rows."""
     return [{"input_ids": rows, "use_cache": False} for rows in torch.split(tokens, batch_size)]

@@ -1,8 +1,8 @@
-"""A transformers model without its weights: all modules in place, parameters on meta, buffers real.
+"""Builds a transformers model without its weights: parameters are on meta, buffers are real.
 
-`from_pretrained` builds on meta altogether and then computes the buffers anew; that misses those which
-custom code computes in its `__init__`. Here a parameter becomes meta at the moment a module registers it, and what is
-not a parameter (rotary tables, masks, position ids) is computed by the model's own code, for real.
+`from_pretrained` builds everything on meta and then recomputes the buffers, which misses buffers that custom code
+computes in its `__init__`. Here a parameter moves to meta at the moment a module registers it. Everything else (rotary
+tables, masks, position ids) is computed by the model's own code.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-# More memory than any buffer asks for without filling it at once.
+# `torch.empty` of more bytes than this is a parameter in the making: buffers of this size are not made with it.
 _LARGE = 64 << 20
 
 
@@ -32,7 +32,7 @@ def load_config(folder: str | Path, trust_remote_code: bool = False) -> "PreTrai
 
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except _foreign_errors() as error:
+    except _config_errors() as error:
         if "trust_remote_code" in str(error):
             raise CheckpointError(
                 f"{folder} brings Python code of its own, which is not run unless you trust it: pass "
@@ -43,8 +43,8 @@ def load_config(folder: str | Path, trust_remote_code: bool = False) -> "PreTrai
     return config
 
 
-def _foreign_errors() -> tuple[type[Exception], ...]:
-    """What the constructors of other people's classes raise when they are given nonsense."""
+def _config_errors() -> tuple[type[Exception], ...]:
+    """What constructors of configs and models raise for invalid values."""
     from huggingface_hub.errors import StrictDataclassError
 
     usual = (
@@ -74,9 +74,9 @@ def build_meta_model(
 ) -> "PreTrainedModel":
     """The causal language model of a config, or of a checkpoint folder, with its parameters on meta.
 
-    dtype: of the parameters; where None the config's, float32 if it names none. Those that the model insists
-    on keeping in float32 are, as in `from_pretrained`. Tied weights are one parameter; the model is in
-    evaluation mode and keeps no cache. Raises CheckpointError if there is no such class or it can't be built.
+    dtype: of the parameters; None for the config's, or float32 if it names none. Parameters that the model's class
+    keeps in float32 stay so, as in `from_pretrained`. Tied weights are one parameter. The model is in evaluation mode
+    and keeps no cache. Raises CheckpointError if there is no such class, or if it cannot be built.
     """
     from transformers import AutoModelForCausalLM
 
@@ -92,7 +92,7 @@ def build_meta_model(
             model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=dtype, trust_remote_code=trust_remote_code, **options
             )
-    except _foreign_errors() as error:
+    except _config_errors() as error:
         reason = _one_line(error)
         raise CheckpointError(f"no causal language model can be built from config.json: {reason}") from None
     _keep_in_float32(model, dtype)
@@ -109,14 +109,14 @@ def _config_dtype(config: "PreTrainedConfig") -> torch.dtype:
 
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Inside, a module that registers a parameter gets it on meta, where no initialisation touches it."""
+    """Context manager: parameters that modules register move to meta, and are not initialised."""
     register = nn.Module.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         register(module, name, param)
         if param is not None and not param.is_meta:
             meta = nn.Parameter(param.to("meta"), requires_grad=False)
-            # transformers' own mark: its initialisation functions leave such a parameter alone.
+            # transformers' own mark: its initialisation functions skip such a parameter.
             vars(meta).update(vars(param), _is_hf_initialized=True)
             module._parameters[name] = meta
 
@@ -128,7 +128,7 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 class _LargeOnMeta(TorchFunctionMode):
-    """Inside, a large `torch.empty`, a parameter's in the making, takes no address space before it is registered.
+    """Context manager: a large `torch.empty` is made on meta at once, before it is registered as a parameter.
 
     All experts of a layer are one parameter, and the system refuses an allocation larger than its memory.
     """
@@ -138,18 +138,18 @@ class _LargeOnMeta(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is torch.empty:
-            made = func(*args, **(kwargs | {"device": "meta"}))
-            if made.nbytes >= _LARGE:
-                return made
+            tensor = func(*args, **(kwargs | {"device": "meta"}))
+            if tensor.nbytes >= _LARGE:
+                return tensor
         return func(*args, **kwargs)
 
 
 def _keep_in_float32(model: "PreTrainedModel", dtype: torch.dtype) -> None:
-    """Give what a model's class wants in float32 that dtype, persistent buffers too, as `from_pretrained` does."""
-    patterns = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(dtype)]
+    """Make the parameters and persistent buffers float32 that the model's class keeps so, as `from_pretrained` does."""
+    patterns = [plan.replace("*", ".*") for plan in model._get_dtype_plan(dtype)]
     if not patterns:
         return
-    wanted = re.compile("|".join(patterns))
+    pattern = re.compile("|".join(patterns))
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if wanted.search(name) and tensor.is_floating_point():
+        if pattern.search(name) and tensor.is_floating_point():
             tensor.data = tensor.data.float()

@@ -1,4 +1,4 @@
-"""What a user names, opened: a model (a folder, a Hub id, `demo`), and text for it (a file, a Hub id, `demo`, ids)."""
+"""Opens what a user names: a model (a folder, a Hub id, `demo`), and its text (a file, a Hub id, `demo`, token ids)."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoint:
-    """The checkpoint in a folder, of a Hub id, or the embedded one. Raises CheckpointError if it is none."""
+    """The checkpoint of a folder or a Hub id, or the embedded one for `demo`. Raises CheckpointError."""
     return Checkpoint.open(demo.checkpoint_path() if str(model) == "demo" else model, revision)
 
 
@@ -30,11 +30,12 @@ def open_model(
     device: torch.device = CPU,
     computes: bool = True,
 ) -> StreamedModel:
-    """A checkpoint as a model that is ready to be streamed; nothing but headers has been read.
+    """A checkpoint as a model to be streamed; only headers are read.
 
-    computes: whether it will; if not, and no dtype is asked for, weights are left in the file's, the quickest to read.
+    dtype: what it computes in; None for the device's best (see `StreamedModel`). computes: whether anything will be
+    computed. If not, and without `dtype`, weights keep the file's dtype, which is the fastest to read.
     """
-    # A path is called by its last part; `demo` and Hub ids by themselves, not by the folder that they lead to.
+    # A folder's name is its last part. `demo` and Hub ids keep their own, not that of the folder they lead to.
     name = Path(model).name if Path(model).is_dir() else str(model)
     checkpoint, wanted = open_checkpoint(model, revision), parse_dtype(dtype)
     if wanted is None and not computes:
@@ -43,7 +44,7 @@ def open_model(
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """A dtype by its name in torch. Raises SchemeError for one that nothing can be computed in."""
+    """A dtype by its name in torch. Raises SchemeError unless it is float32, bfloat16 or float16."""
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -53,13 +54,13 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def calibration_ids(text: Source, model: StreamedModel, samples: int, seq_len: int, seed: int) -> Tensor:
-    """Token ids (n, seq_len) to calibrate a model with, chosen by `seed`. Raises DataError."""
+    """Token ids (n, seq_len), int64, to calibrate a model on, chosen by `seed`. Raises DataError."""
     source = demo.calibration_text() if isinstance(text, str) and text == "demo" else text
     return _ids(source, model, samples, seq_len, seed)
 
 
 def evaluation_ids(text: Source, model: StreamedModel, tokens: int, seq_len: int) -> Tensor:
-    """The first `tokens` token ids of a text, as (n, seq_len), to evaluate a model on. Raises DataError."""
+    """The first `tokens` token ids of a text as (n, seq_len), int64, to evaluate a model on. Raises DataError."""
     source = demo.evaluation_text() if isinstance(text, str) and text == "demo" else text
     seq_len = min(seq_len, tokens)
     return _ids(source, model, tokens // seq_len, seq_len, None)

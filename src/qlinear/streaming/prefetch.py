@@ -1,4 +1,4 @@
-"""The weights of the next block, on their way to an accelerator while this one is worked on."""
+"""Loads the next block's weights in a thread of its own while the current block computes."""
 
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
@@ -8,7 +8,7 @@ from .weight_map import WeightMap
 
 
 class Prefetch:
-    """Loads one part of a model ahead, in a thread of its own; `take` gives what it loaded."""
+    """Loads one part of a model at a time; `begin` starts, `take` returns the tensors."""
 
     def __init__(self, names: WeightMap) -> None:
         self._names = names
@@ -16,26 +16,26 @@ class Prefetch:
         self._pending: tuple[str, Future[dict[str, Tensor]]] | None = None
 
     def begin(self, part: str) -> None:
-        """Load a part, unless it is on its way; another that is gives up its place."""
+        """Start to load a part, unless it is being loaded already. A pending load of another part is dropped."""
         if self._pending is None or self._pending[0] != part:
             self.drop()
             self._pending = part, self._thread.submit(self._names.load, part)
 
     def take(self, part: str) -> dict[str, Tensor]:
-        """What was loaded of this part ahead of time, for `NameMap.assign`; nothing if that was another's."""
+        """The tensors that were loaded for this part, for `WeightMap.assign`; empty if another part is pending."""
         if self._pending is None or self._pending[0] != part:
             return {}
         loaded, self._pending = self._pending[1], None
         return loaded.result()
 
     def flush(self) -> None:
-        """Wait until nothing is loaded any more: only then may memory be given up for the next part."""
+        """Wait for the pending load. Memory may be released for reuse only afterwards."""
         if self._pending is not None:
             wait([self._pending[1]])
 
     def drop(self) -> None:
-        """Give up what was loaded, or could not be."""
+        """Discard the pending load, whether it succeeded or not."""
         self.flush()
         if self._pending is not None and self._pending[1].exception() is None:
-            self._names.give_up(self._pending[1].result().values())
+            self._names.recycle(self._pending[1].result().values())
         self._pending = None

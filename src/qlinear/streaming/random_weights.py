@@ -1,6 +1,6 @@
-"""What stands for a model's weights and for text where neither is at hand: enough to run a block of each kind.
+"""Random weights and dummy text, to run blocks of any size before a weight is read.
 
-A matrix is one random column, repeated without taking memory, so a block of any size can be run.
+A random matrix is one random column, expanded along `in`, so it takes the memory of one column.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,17 +20,17 @@ TOKENS, _FEW = 64, 16
 
 
 def longest(model: nn.Module) -> int:
-    """How many tokens of one sequence a trial may take: at most half of all, and no more than the model does."""
+    """The longest sequence for a trial run: at most half of `TOKENS`, and at most the model's positions."""
     return min(TOKENS // 2, most_positions(_config(model)) or TOKENS)
 
 
 def dummy_ids(model: nn.Module, rows: int, length: int) -> Tensor:
-    """Token ids (rows, length) of the model's vocabulary, all different if there are so many."""
+    """Token ids (rows, length) of the model's vocabulary, all different where the vocabulary is large enough."""
     return (torch.arange(rows * length) % int(_config(model).vocab_size)).view(rows, length)
 
 
 def short_dummy_ids(model: nn.Module) -> Tensor:
-    """Ids of two short sequences."""
+    """Token ids of two short sequences."""
     return dummy_ids(model, 2, min(_FEW, longest(model)))
 
 
@@ -40,29 +40,29 @@ def _config(model: nn.Module) -> "PreTrainedConfig":
 
 
 def kind_of(block: nn.Module) -> Any:
-    """Equal for blocks that are built alike: of one type, whose parameters have the same names and shapes."""
+    """A key that is equal for blocks of the same class whose parameters have the same names and shapes."""
     return type(block), tuple((name, p.shape) for name, p in block.named_parameters())
 
 
 @contextmanager
-def each_kind_once(blocks: Mapping[str, nn.Module]) -> Iterator[list[str]]:
-    """While open, a block answers what the first of its kind has answered to arguments of the same shapes.
+def one_run_per_kind(blocks: Mapping[str, nn.Module]) -> Iterator[list[str]]:
+    """Context manager: of each kind of block, one runs, once per shapes of its arguments; others return its output.
 
-    Yields the names of the blocks that are running: one, or after a failure the one that failed, or none.
+    Yields the names of the blocks that are running now. After a failure it names the block that failed.
     """
-    answers: dict[Any, Any] = {}
+    outputs: dict[Any, Any] = {}
     running: list[str] = []
 
     def once(name: str, block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def answer(*args: Any, **kwargs: Any) -> Any:
+        def forward_once(*args: Any, **kwargs: Any) -> Any:
             call = kind_of(block), *(t.shape for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
-            if call not in answers:
+            if call not in outputs:
                 running.append(name)
-                answers[call] = forward(*args, **kwargs)
+                outputs[call] = forward(*args, **kwargs)
                 running.pop()
-            return answers[call]
+            return outputs[call]
 
-        return answer
+        return forward_once
 
     distinct = {block: name for name, block in blocks.items()}
     for block, name in distinct.items():
@@ -77,7 +77,7 @@ def each_kind_once(blocks: Mapping[str, nn.Module]) -> Iterator[list[str]]:
 def _random(module: nn.Module, parameter: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(parameter.numel())
     if isinstance(module, nn.Embedding):
-        # Only the first rows are ever looked up; the pages of the others are never touched.
+        # Only the first rows are looked up, so the zero pages of the others take no memory.
         table = torch.zeros(parameter.shape)
         table[:TOKENS] = torch.randn(table[:TOKENS].shape, generator=generator)
         return table
@@ -89,19 +89,22 @@ def _random(module: nn.Module, parameter: Tensor) -> Tensor:
 
 
 def one_column_weights(module: nn.Module, parameter: Tensor) -> Tensor:
-    """Tables of embeddings too are one column, and everything has the dtype that it will have."""
+    """A random parameter of the right dtype; embeddings too are one expanded column, unlike in `random_weights`."""
     generator = torch.Generator().manual_seed(parameter.numel())
     last = parameter.shape[-1] if parameter.dim() > 1 else 1
     column = torch.randn((*parameter.shape[: parameter.dim() - 1], 1), generator=generator) / last**0.5
-    one_column_weights: Tensor = column.to(parameter.dtype).expand(parameter.shape)
-    return one_column_weights
+    weight: Tensor = column.to(parameter.dtype).expand(parameter.shape)
+    return weight
 
 
 @contextmanager
 def random_weights(
     modules: Iterable[nn.Module], make: Callable[[nn.Module, Tensor], Tensor] = _random
 ) -> Iterator[None]:
-    """While open, these modules' own parameters, where they are on meta, hold random numbers."""
+    """Context manager: the modules' own parameters that are on meta are replaced by random ones.
+
+    make: returns the random tensor for a module and its parameter.
+    """
     with ExitStack() as stack:
         for module in modules:
             stack.callback(module._parameters.update, dict(module._parameters))

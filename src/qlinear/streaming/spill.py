@@ -1,8 +1,8 @@
-"""How much memory the process holds, and hidden states that wait on the disk where it is too much.
+"""Moves waiting hidden states to the disk while memory is short.
 
-Between two blocks a micro-batch holds its hidden state, tokens × hidden_size, and all of a calibration set's together
-can be more than a block. The lane that waits holds the tensor in a frame of the model's code, where nobody can replace
-it; so its storage is emptied instead, and filled again before the lane goes on.
+Between two blocks every micro-batch keeps its hidden state, tokens × hidden_size; together they can be larger than a
+block. A waiting lane refers to its tensor from a frame of the model's code, so the tensor cannot be replaced. Instead
+its storage is emptied, and filled again before the lane continues.
 """
 
 import ctypes
@@ -19,16 +19,16 @@ from ..runtime.memory import resident
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A place in the spill's file that one lane's hidden state waits in, `size` bytes at `start`."""
+    """The place of one lane's hidden state in the spill file: `size` bytes at `start`."""
 
     start: int
     size: int
 
 
 class Spill:
-    """A file without a name in `folder`, gone with the process, that takes tensors while memory is short.
+    """An unnamed temporary file in `folder` for tensors; the system deletes it when the process ends.
 
-    limit: of resident bytes; beyond it memory is short. file_size: how far the file has grown.
+    limit: resident bytes above which memory counts as short. file_size: bytes of the file so far.
     """
 
     def __init__(self, limit: int, folder: str | Path | None = None) -> None:
@@ -40,11 +40,11 @@ class Spill:
 
     @property
     def is_short(self) -> bool:
-        """Whether the process holds more than it may."""
+        """Whether the process uses more memory than the limit."""
         return resident() > self.limit
 
     def put(self, x: Tensor, slot: Slot) -> Slot:
-        """Write a CPU tensor's storage to a slot, a new one if that is too small, and empty it."""
+        """Write a CPU tensor's storage to a slot (a new one if that is too small), and empty the storage."""
         storage = x.untyped_storage()
         size = storage.nbytes()
         if slot.size < size:
@@ -61,14 +61,14 @@ class Spill:
         return Slot(slot.start, size)
 
     def take(self, x: Tensor, slot: Slot) -> None:
-        """Give an emptied tensor its storage back."""
+        """Read an emptied tensor's storage back."""
         x.untyped_storage().resize_(slot.size)
         data, done = _bytes_of(x), 0
         while done < len(data):
             done += os.preadv(self._file.fileno(), [data[done : slot.size]], slot.start + done)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file, which deletes it."""
         self._file.close()
 
     def _refused(self, error: OSError) -> OutputError:
@@ -79,6 +79,6 @@ class Spill:
 
 
 def _bytes_of(x: Tensor) -> memoryview:
-    """All bytes of a CPU tensor's storage, writable; as an array of numpy's it could not be emptied any more."""
+    """The bytes of a CPU tensor's storage, writable. Not through numpy: that would pin the storage's size."""
     storage = x.untyped_storage()
     return memoryview((ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())).cast("B")

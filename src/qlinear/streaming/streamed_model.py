@@ -1,4 +1,9 @@
-"""A checkpoint, quantized or not, as a model whose blocks are in memory only while they are used."""
+"""A checkpoint, quantized or not, as a model whose blocks are in memory only while they are used.
+
+The model is built on meta (`meta_model`), its parameters are matched with the tensors of the file (`weight_map`), and
+its blocks are found (`find_blocks`). `lanes` runs micro-batches up to the first block; `loaded` holds one block's
+weights in memory. The linears of a quantized checkpoint are replaced by `QLinear`s while their block is loaded.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,12 +30,14 @@ from .weight_map import WeightMap
 
 
 class StreamedModel:
-    """The causal language model of a checkpoint, with all parameters on meta until asked for.
+    """The causal language model of a checkpoint, with all parameters on meta until they are loaded.
 
-    checkpoint: where they come from. dtype: what it computes in; None leaves the file's own dtype, except on
-    processors that only emulate it, where float32 is several times faster. name: what to call it, by default the
-    folder's name. device: where it computes. blocks: its decoder blocks by name.
-    head: the output head, and head_name. schemes: of the linears that the checkpoint holds quantized.
+    checkpoint: the source of its weights. dtype: what it computes in; None for the file's own dtype, or float32 on
+    processors that only emulate that one, where float32 is several times faster. name: shown to the user, by default
+    the folder's name. device: where it computes.
+
+    model: the transformers model. names: its parameters in the file. blocks: its blocks by name, vision towers'
+    included. head, head_name: the output head. schemes: of the quantized linears, by the model's names.
     Raises CheckpointError if the model cannot be built or lacks tensors.
     """
 
@@ -52,7 +59,7 @@ class StreamedModel:
         _replace_transposed(self.model, self._view.schemes)
         self.names = WeightMap(self.model, self._view, device)
         self._prefetch = None if device == CPU else Prefetch(self.names)
-        self._hold_vectors()
+        self._attach_migration_scales()
         _move_buffers(self.model, device)
         self.blocks = find_blocks(self.model)
         self.head: nn.Module = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
@@ -63,19 +70,19 @@ class StreamedModel:
         }
 
     def name_of(self, block: nn.Module) -> str:
-        """A block's, or the head's, name in the model."""
+        """The name in the model of a block or of the head."""
         return self._name_of[id(block)]
 
     def position(self, block: nn.Module) -> int:
-        """How many blocks stand before this one in the module tree."""
+        """The index of a block in the module tree."""
         return list(self.blocks).index(self.name_of(block))
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        """The dtype in which the file holds a parameter of the model."""
+        """The dtype in which the file stores a parameter of the model."""
         return self.checkpoint.info(self.names.sources(name)[0]).dtype
 
     def scheme_of(self, name: str) -> Scheme | None:
-        """How the checkpoint holds a linear, or a stack of experts by its parameter's name; None if in float."""
+        """The scheme of a linear, or of a stack of experts by its parameter's name; None for float."""
         if name in self.schemes:
             return self.schemes[name]
         sources = self.names.sources(name) if name in self.names.names_in("") else []
@@ -83,16 +90,16 @@ class StreamedModel:
 
     @property
     def block_nbytes(self) -> int:
-        """Bytes of the largest block's parameters in memory, in what is computed in."""
+        """Bytes of the largest block's parameters in the compute dtype."""
         sizes = [sum(p.numel() for p in block.parameters()) for block in self.blocks.values()]
         return max(sizes) * self.dtype.itemsize
 
     @contextmanager
     def lanes(self, batches: Sequence[Mapping[str, Any]], spill: Spill | None = None) -> Iterator[Lanes]:
-        """The batches as lanes through the model, standing before the first block; `spill` as for `Lanes`.
+        """Context manager: a lane per batch, paused before the first block. spill: as for `Lanes`.
 
-        What lies outside of the blocks stays in memory, but for the tables of embeddings: every lane has read them by
-        then, and they can be as large as several blocks. Raises StructureError where the model cannot be run.
+        Parameters outside of the blocks stay in memory, except embedding tables: every lane has read them by then, and
+        they can be as large as several blocks. Raises StructureError where the model cannot be run.
         """
         stops = [*self.blocks.values(), self.head]
         with (
@@ -100,13 +107,13 @@ class StreamedModel:
             within_memory(self.device),
             self._outside_loaded(),
             Lanes(self.model, stops, [_on(self.device, batch) for batch in batches], spill) as lanes,
-            self._tables_left_out(),
+            self._embeddings_released(),
         ):
             yield lanes
 
     @contextmanager
     def _outside_loaded(self) -> Iterator[None]:
-        """While open, what lies outside of the blocks is in memory."""
+        """Context manager: parameters outside of the blocks are in memory."""
         outside = self._outside()
         for part in outside:
             self.names.materialize(part)
@@ -119,13 +126,13 @@ class StreamedModel:
                 self.names.release(part)
 
     def _twin(self) -> tuple[nn.Module, Mapping[str, nn.Module]]:
-        """The same model without its weights, and its blocks."""
+        """A second model of this checkpoint, with all parameters on meta, and its blocks."""
         twin = StreamedModel(self.checkpoint, self.dtype, self.trust_remote_code)
         return twin.model, twin.blocks
 
     @contextmanager
-    def _tables_left_out(self) -> Iterator[None]:
-        """While open, tables of embeddings are not in memory; one that is called again is read again."""
+    def _embeddings_released(self) -> Iterator[None]:
+        """Context manager: embedding tables are not in memory; a table that is called is read again."""
 
         def read_again(name: str) -> Callable[..., None]:
             return lambda *_: self.names.materialize(name)
@@ -145,9 +152,9 @@ class StreamedModel:
 
     @contextmanager
     def loaded(self, block: nn.Module) -> Iterator[nn.Module]:
-        """While open, the weights of a block (or the head) are in memory, and the next block's are read ahead.
+        """Context manager: the weights of a block (or the head) are in memory, and the next block's are read ahead.
 
-        Yields what has them: the block itself, but of a quantized head what stands in its place.
+        Yields the module with the weights: the block itself, or the `QLinear` that replaces a quantized head.
         """
         name = self.name_of(block)
         with within_memory(self.device):
@@ -165,7 +172,7 @@ class StreamedModel:
 
     @contextmanager
     def prefetching(self) -> Iterator[None]:
-        """While open, the next block is read into memory, and not only into the system's, while one is worked on."""
+        """Context manager: the next block is read into our memory while one computes, not into the page cache."""
         before, self._prefetch = self._prefetch, self._prefetch or Prefetch(self.names)
         try:
             yield
@@ -174,7 +181,7 @@ class StreamedModel:
             self._prefetch = before
 
     def expect(self, block: nn.Module) -> None:
-        """Have the block after this one read ahead: up to an accelerator, or by the system, into its page cache."""
+        """Read the block after this one ahead: to the accelerator, or into the system's page cache."""
         for following in list(self.blocks)[self.position(block) + 1 :][:1]:
             if self._prefetch is not None and not self._quantized_in(following):
                 self._prefetch.begin(following)
@@ -183,7 +190,7 @@ class StreamedModel:
             self._view.expect(dict.fromkeys(chain.from_iterable(sources)))
 
     def load(self) -> nn.Module:
-        """The whole model in memory, for good."""
+        """Load the whole model into memory, to stay there."""
         self._materialize("")
         return self.model
 
@@ -205,43 +212,43 @@ class StreamedModel:
 
     def _quantized_linear(self, name: str) -> QLinear:
         module = self.names.source_module(name)
-        held = self._view.linear(module)
+        quantized = self._view.linear(module)
         bias = self.checkpoint.read(f"{module}.bias") if f"{module}.bias" in self.checkpoint.tensors else None
         layer = QLinear.from_quantized(
-            held.weight,
+            quantized.weight,
             None if bias is None else bias.to(self.dtype),
-            held.scheme,
-            migration_scale=held.migration_scale,
+            quantized.scheme,
+            migration_scale=quantized.migration_scale,
             dtype=self.dtype,
         )
-        if held.input_scale is not None:
-            layer.input_scale = held.input_scale
-        if held.input_zero_point is not None and held.scheme.activation is not None:
-            layer.input_zero_point = held.input_zero_point.to(held.scheme.activation.storage)
+        if quantized.input_scale is not None:
+            layer.input_scale = quantized.input_scale
+        if quantized.input_zero_point is not None and quantized.scheme.activation is not None:
+            layer.input_zero_point = quantized.input_zero_point.to(quantized.scheme.activation.storage)
         return layer.to(self.device)
 
-    def _hold_vectors(self) -> None:
-        """Have the float linears that keep a smoothing vector divide their inputs by it."""
-        made: dict[str, SmoothedLinear] = {}
-        # One that stands in several places is smoothed in all of them.
+    def _attach_migration_scales(self) -> None:
+        """Replace the float linears that have a migration scale by `SmoothedLinear`s, which apply it."""
+        smoothed: dict[str, SmoothedLinear] = {}
+        # A linear that stands in several places is replaced in all of them.
         modules = list(self.model.named_modules(remove_duplicate=False)) if self._view.holders else []
         for name, module in modules:
             if not isinstance(module, nn.Linear) or not self.names.is_one_tensor(name):
                 continue
             stored = self.names.source_module(name)
             if stored in self._view.holders:
-                if stored not in made:
+                if stored not in smoothed:
                     vector = self.checkpoint.read(f"{stored}.migration_scale")
-                    made[stored] = SmoothedLinear.from_float(module, vector)
-                self.model.set_submodule(name, made[stored])
-        if unknown := sorted(self._view.holders - made.keys()):
+                    smoothed[stored] = SmoothedLinear.from_float(module, vector)
+                self.model.set_submodule(name, smoothed[stored])
+        if unknown := sorted(self._view.holders - smoothed.keys()):
             raise CheckpointError(
                 f"{self.checkpoint.path} says in config.json that {unknown[0]} holds a migration scale, but the model "
                 "has no such linear: give the config.json that was written with the weights"
             )
 
     def _find_schemes(self) -> dict[str, Scheme]:
-        """The scheme of each linear that the checkpoint holds quantized, by the model's names."""
+        """The schemes of the quantized linears, by the model's names."""
         linears = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
         modules = {
             name: self.names.source_module(name)
@@ -251,22 +258,22 @@ class StreamedModel:
         return {name: self._view.schemes[m] for name, m in modules.items() if m in self._view.schemes}
 
     def _outside(self) -> list[str]:
-        """Parameters and buffers that lie in no block and not in the output head."""
+        """Names of the parameters and buffers outside of the blocks and the output head."""
         inside = (*(f"{name}." for name in self.blocks), f"{self.head_name}.")
         return [name for name in self.names.names_in("") if not name.startswith(inside)]
 
 
 def transposed_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """The linears that store their weight as (in, out), by name: transformers' `Conv1D`, GPT-2's."""
+    """The linears that store their weight as (in, out), by name: transformers' `Conv1D`, as in GPT-2."""
     from transformers.pytorch_utils import Conv1D
 
     return {name: module for name, module in model.named_modules() if isinstance(module, Conv1D)}
 
 
 def _replace_transposed(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
-    """Put an `nn.Linear` in the place of each transposed linear that a file holds quantized, as (out, in)."""
+    """Replace transposed linears that the file holds quantized, which is as (out, in), by `nn.Linear`s."""
     for name, module in transposed_linears(model).items() if schemes else ():
-        # The file may leave out the name of the outermost module, as GPT-2's does.
+        # The file may omit the name of the outermost module, as GPT-2's does.
         if any(name == stored or name.endswith(f".{stored}") for stored in schemes):
             width, out_features = module.get_parameter("weight").shape
             linear = nn.Linear(width, out_features, device="meta", dtype=module.get_parameter("weight").dtype)
@@ -274,13 +281,13 @@ def _replace_transposed(model: nn.Module, schemes: Mapping[str, Scheme]) -> None
 
 
 def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The stored dtype where the device multiplies in it, else float32."""
+    """The dtype to compute in: the stored one where the device multiplies in it natively, else float32."""
     is_native = multiplies_in(stored) if device == CPU else computes_in(stored, device)
     return stored if is_native else torch.float32
 
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:
-    """Put what a model computed when it was built (rotary tables, masks) on the device; shared ones stay shared."""
+    """Move the buffers that a model computed when it was built to the device. Shared buffers stay shared."""
     moved: dict[int, Tensor] = {}
     for module in model.modules():
         for name, buffer in module._buffers.items():
@@ -289,11 +296,11 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 def _on(device: torch.device, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a model call, with tensors on the device."""
+    """The arguments of a model call with their tensors on the device."""
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
 def _placeholder(layer: nn.Module) -> nn.Linear:
-    """A linear without weights in the place of one that has left memory."""
+    """A linear on meta, to replace a quantized one whose block is released."""
     assert isinstance(layer, QLinear)
     return nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")

@@ -16,10 +16,10 @@ from ..streaming.lanes import Lanes, batches_of
 from ..streaming.random_weights import (
     TOKENS,
     dummy_ids,
-    each_kind_once,
     kind_of,
     longest,
     one_column_weights,
+    one_run_per_kind,
     random_weights,
     short_dummy_ids,
 )
@@ -78,7 +78,7 @@ def weights_used_as_floats(model: nn.Module, blocks: Mapping[str, nn.Module]) ->
         _OneColumnProducts(),
         random_weights(model.modules(), one_column_weights),
         _FloatWeightUse(model) as used,
-        each_kind_once(blocks),
+        one_run_per_kind(blocks),
     ):
         model(short_dummy_ids(model), use_cache=False)
     examined = [(name, first[kind]) for name, kind in kinds.items()]

@@ -103,11 +103,11 @@ def test_four_bit_codes_that_lie_one_to_a_byte_are_read_too() -> None:
 def test_a_scheme_is_read_from_the_config_it_was_written_to(layout: str, scheme: str) -> None:
     linears = {name: nn.Linear(2, 2) for name in ("model.a", "model.b", "lm_head")}
     config = get_layout(layout).quantization_config(EVERY[scheme], ["lm_head"])
-    found = get_layout(layout).schemes_from_config(config, linears)
-    assert set(found) == {"model.a", "model.b"}
+    schemes = get_layout(layout).schemes_from_config(config, linears)
+    assert set(schemes) == {"model.a", "model.b"}
     wanted = EVERY[scheme]
     if layout != "awq":
-        assert {(s.weight, s.activation) for s in found.values()} == {(wanted.weight, wanted.activation)}
+        assert {(s.weight, s.activation) for s in schemes.values()} == {(wanted.weight, wanted.activation)}
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -163,8 +163,8 @@ def test_targets_match_names_before_patterns_before_classes() -> None:
     }
     config = {"config_groups": groups, "ignore": ["lm_head", "re:.*gate$"]}
     names = ("model.q", "model.mlp.up", "model.mlp.down", "model.mlp.gate", "lm_head")
-    found = compressed_tensors.schemes_from_config(config, {name: nn.Linear(2, 2) for name in names})
-    kinds = {name: (scheme.weight.dtype, scheme.weight.granularity) for name, scheme in found.items()}
+    schemes = compressed_tensors.schemes_from_config(config, {name: nn.Linear(2, 2) for name in names})
+    kinds = {name: (scheme.weight.dtype, scheme.weight.granularity) for name, scheme in schemes.items()}
     assert kinds == {
         "model.q": ("int8", "channel"),
         "model.mlp.up": ("int8", "tensor"),

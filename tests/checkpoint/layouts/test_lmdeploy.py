@@ -80,13 +80,13 @@ def test_it_reads_back_what_was_written_and_keeps_the_function(
 ) -> None:
     source, out = save_model(tmp_path / "source", architecture), tmp_path / "out"
     qlinear.quantize(source, out, scheme, calibration=IDS, format="lmdeploy")
-    model, held = qlinear.load(out, dtype="float32"), tensors_of(out)
+    model, stored = qlinear.load(out, dtype="float32"), tensors_of(out)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QLinear)}
     assert layers
     for name, layer in layers.items():
         assert layer.scheme.name == scheme
-        assert torch.equal(layer.weight.float(), held[f"{name}.weight"].float())
-        assert torch.equal(layer.weight_scale, held[f"{name}.scale"])
+        assert torch.equal(layer.weight.float(), stored[f"{name}.weight"].float())
+        assert torch.equal(layer.weight_scale, stored[f"{name}.scale"])
     expected = logits(original(source))
     assert relative(logits(model), expected) < {"w8a8": 0.05, "fp8": 0.12}[scheme]
 
@@ -139,9 +139,9 @@ def test_a_file_of_another_tool_is_read(scheme: str, vectors: bool, tmp_path: Pa
     assert all((layer.migration_scale is not None) == vectors for layer in layers)
     expected = logits(original(source))
     assert relative(logits(model), expected) < {"w8a8": 0.05, "fp8": 0.12}[scheme]
-    found = qlinear.inspect(out)
-    assert [linear.scheme for linear in found.linears].count(scheme) == 2 * 7
-    assert found.total_size == sum(tensor.nbytes for tensor in tensors_of(out).values())
+    inspection = qlinear.inspect(out)
+    assert [linear.scheme for linear in inspection.linears].count(scheme) == 2 * 7
+    assert inspection.total_size == sum(tensor.nbytes for tensor in tensors_of(out).values())
 
 
 def test_other_codes_are_refused_with_what_can_be_read(tmp_path: Path) -> None:
