@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from qlinear import ops
 from qlinear.functional import prepack, quantized_linear
 from qlinear.nn import QLinear, QRMSNorm
-from qlinear.ops import cpu_int8 as cpu
+from qlinear.ops import onednn_product
 
 # Calls that are timed together, one for each layer of a ring.
 Case = list[Callable[[], object]]
@@ -57,8 +57,8 @@ class Range:
 
 
 def product_alone(layer: QLinear, codes: Tensor) -> Callable[[], object]:
-    packed, scale = cpu.packed_once(layer.weight), layer.weight_scale.flatten()
-    return lambda: cpu._product(codes, 128, packed, scale)
+    packed, scale = onednn_product.packed_once(layer.weight), layer.weight_scale.flatten()
+    return lambda: onednn_product.product(codes, 128, packed, scale)
 
 
 def torchao_dynamic(linear: nn.Linear) -> nn.Module | None:
@@ -190,7 +190,7 @@ def main() -> None:
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     )
-    print(f"oneDNN's int8 product is {'exact' if cpu.is_exact() else 'not exact, so unused'} here")
+    print(f"oneDNN's int8 product is {'exact' if onednn_product.is_exact() else 'not exact, so unused'} here")
     with torch.inference_mode():
         for table in (table_of_layers, table_of_four_bits, table_of_norms, table_of_packing):
             table(arguments.size, arguments.rounds)

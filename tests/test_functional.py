@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qlinear.errors import QLinearError
 from qlinear.functional import linear, prepack, quantized_linear
-from qlinear.ops import cpu_int8 as cpu
+from qlinear.ops import onednn_product
 
 DTYPES = st.sampled_from([torch.int8, torch.uint8])
 
@@ -138,10 +138,10 @@ def test_it_agrees_with_torchs_own_to_at_most_one_code(engine: str, dtype: torch
 def test_prepacked_weights_are_packed_once_and_plain_ones_on_every_call(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if not cpu.is_exact():
+    if not onednn_product.is_exact():
         pytest.skip("no packed product on this processor")
-    calls, pack = [], cpu.pack
-    monkeypatch.setattr(cpu, "pack", lambda weight: (calls.append(1), pack(weight))[1])
+    calls, pack = [], onednn_product.pack
+    monkeypatch.setattr(onednn_product, "pack", lambda weight: (calls.append(1), pack(weight))[1])
     problem = Problem(torch.uint8, 3, 16, 5, True, 1)
     packed = prepack(problem.w)
     for _ in range(3):

@@ -5,9 +5,9 @@ The rooms, from the bottom of the house to the top; a module imports from its ow
     runtime/        what the machine gives: device, distributed, memory, threads
     formats/        what a number means, and for which weights: scheme, rounding, packing, name_patterns
     ops/            kernels behind one signature, the only room that knows the hardware: reference, cpu_int8,
-                    torch_int4, weight_only, fused_quantize, pack_cache
-    nn/             the layer as modules: qlinear, qat, norms, smoothed_linear, tensor_parallel, activation_range,
-                    encoder_fast_path
+                    onednn_product, torch_int4, weight_only, fused_quantize, pack_cache
+    nn/             the layer as modules: qlinear, linear_state, qat, norms, smoothed_linear, tensor_parallel,
+                    activation_range, encoder_fast_path
     data/           calibration and evaluation text as token ids: sources, tokens
     demo/           the embedded model and its text:
     algorithms/     tensors in, codes out, one file per algorithm: base, rtn, gptq, awq, smoothquant,

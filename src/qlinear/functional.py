@@ -6,7 +6,7 @@
     y   = acc · w_scale · x_scale + bias    float32
     out = y, or clamp(round(y / out_scale) + out_zp)
 
-It needs none of PyTorch's quantized tensor types, and computes what `torch.ops.quantized.linear` does.
+It needs none of PyTorch's quantized tensor types, and computes the same as `torch.ops.quantized.linear`.
 """
 
 from dataclasses import dataclass
@@ -30,15 +30,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedWeight:
-    """Weight codes (out, in) int8 whose layout work is done; made by `prepack`."""
+    """Weight codes (out, in) int8 that are already packed; made by `prepack`."""
 
     codes: Tensor
 
 
 def prepack(weight: Tensor) -> PackedWeight:
-    """Do the layout work for weight codes (out, in) int8 once, for any number of `quantized_linear` calls.
+    """Pack weight codes (out, in) int8 once, for any number of `quantized_linear` calls.
 
-    The codes must not be written to afterwards through other tensors that share their memory.
+    The codes must not change afterwards through other tensors that share their memory.
     """
     _require(weight.dtype == torch.int8, f"w_codes must be int8; got {weight.dtype}")
     weight = weight.detach()
@@ -61,14 +61,14 @@ def quantized_linear(
 ) -> Tensor:
     """The integer linear layer.
 
-    x_codes: (*, in) uint8 or int8. w_codes: (out, in) int8, or what `prepack` gave for them; plain codes are packed
-    again on every call. bias: (out,) float, added in float32.
+    x_codes: (*, in) uint8 or int8. w_codes: (out, in) int8, or the result of `prepack`; plain codes are packed again on
+    every call. bias: (out,) float, added in float32.
     x_scale, x_zero_point: numbers or one-element tensors. w_scale, w_zero_point: the same, or per channel, (out,) or
     (out, 1).
     out_scale: None for float output in out_dtype (float32 if None). A number: codes in x's dtype with that scale and
     out_zero_point (0 if None). "input": codes with the scale and zero point of the input.
 
-    Returns (*, out). Raises QLinearError, naming the argument, where dtypes, shapes or zero points do not fit.
+    Returns (*, out). Raises QLinearError, naming the argument, if dtypes, shapes or zero points do not match.
     """
     codes = w_codes.codes if isinstance(w_codes, PackedWeight) else w_codes.detach()
     _check(x_codes, codes, bias, out_scale, out_zero_point, out_dtype)
@@ -140,7 +140,7 @@ def _scale(scale: float | Tensor, like: Tensor, name: str, channels: int) -> Ten
 
 
 def _zero_point(zero: int | Tensor, like: Tensor, name: str, channels: int = 1) -> Tensor | None:
-    """The zero point in the dtype of `like`; None for the number 0, which costs nothing."""
+    """The zero point in the dtype of `like`; None for the number 0, which needs no correction."""
     if isinstance(zero, int):
         if zero == 0:
             return None

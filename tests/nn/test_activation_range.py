@@ -1,4 +1,4 @@
-"""Ranges of static activations: what each method covers, and what it buys."""
+"""Ranges of static activations: what each method covers, and how large its error is."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_least_squares_is_never_worse_than_the_full_range(seed: int, shift: floa
 
 
 @formats
-def test_least_squares_gains_where_one_value_stands_out(fmt: TensorFormat) -> None:
+def test_least_squares_is_better_with_one_outlier(fmt: TensorFormat) -> None:
     # n inputs near zero and one at A: clamping A to c costs (A - c)², full range n (A / steps)² / 12.
     x = torch.cat([torch.randn(300_000), torch.tensor([40.0])])
     full, best = (error(x, input_range(x, fmt, method), fmt) for method in ("minmax", "least_squares"))
@@ -50,7 +50,7 @@ def test_the_full_range_is_that_of_the_sample(fmt: TensorFormat) -> None:
 
 
 @given(percentile=st.floats(50.1, 100), seed=st.integers(0, 99), count=st.integers(1, 400))
-def test_a_percentile_leaves_out_at_most_its_share(percentile: float, seed: int, count: int) -> None:
+def test_a_percentile_clamps_at_most_its_share(percentile: float, seed: int, count: int) -> None:
     x = torch.randn(count, generator=torch.Generator().manual_seed(seed))
     low, high = input_range(x, FORMATS[0], "percentile", percentile)
     assert low == -high
@@ -110,7 +110,7 @@ def test_a_chain_needs_static_layers_without_migration() -> None:
         (torch.ones(3), {"method": "percentile", "percentile": 50}, QLinearError, r"percentile must lie in"),
     ],
 )
-def test_what_gives_no_range_is_refused(
+def test_invalid_arguments_are_refused(
     sample: Tensor, options: dict[str, object], raised: type[Exception], message: str
 ) -> None:
     with pytest.raises(raised, match=message):

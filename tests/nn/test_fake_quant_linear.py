@@ -1,4 +1,4 @@
-"""Training in the rounding of a scheme: the same numbers as the converted layer, and gradients that teach."""
+"""Quantization-aware training: the same numbers as the converted layer, and gradients that train."""
 
 import copy
 
@@ -76,7 +76,7 @@ def test_the_converted_layer_computes_the_same(scheme: Scheme, learn_scale: bool
 
 
 @named
-def test_it_keeps_the_whole_contract_of_linear(scheme: Scheme) -> None:
+def test_it_keeps_the_contract_of_linear(scheme: Scheme) -> None:
     layer = FakeQuantLinear(32, 24, scheme=scheme)
     plain = nn.Linear(32, 24)
     assert isinstance(layer, nn.Linear)
@@ -110,12 +110,12 @@ def test_it_takes_the_state_of_linear_strictly_and_starts_from_it(
     layer.load_state_dict(plain.state_dict(), assign=assign)
     x = torch.randn(7, 32)
     assert torch.equal(layer(x), FakeQuantLinear.from_float(plain, scheme, learn_scale=learn_scale)(x))
-    own = layer.state_dict()
-    if "weight_scale" in own:
-        del own["weight_scale"]
+    state = layer.state_dict()
+    if "weight_scale" in state:
+        del state["weight_scale"]
         if scheme.is_static:
             with pytest.raises(RuntimeError, match="weight_scale"):
-                layer.load_state_dict(own)
+                layer.load_state_dict(state)
 
 
 def test_a_fresh_layer_starts_as_linear_does() -> None:
@@ -126,7 +126,7 @@ def test_a_fresh_layer_starts_as_linear_does() -> None:
 
 
 def test_gradients_agree_with_the_float_layers() -> None:
-    """Straight through means: the gradients of the float layer at the rounded point."""
+    """The straight-through gradients are those of the float layer at the rounded point."""
     torch.manual_seed(0)
     layer, x = FakeQuantLinear(32, 24), torch.randn(5, 32, requires_grad=True)
     layer(x).square().sum().backward()
@@ -138,7 +138,7 @@ def test_gradients_agree_with_the_float_layers() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rounding_to_the_extremes_clips_nothing(dtype: torch.dtype) -> None:
+def test_scales_from_the_extremes_clip_no_gradient(dtype: torch.dtype) -> None:
     for fmt in FORMATS:
         x = torch.randn(6, 16).to(dtype).requires_grad_()
         fake_quantize(x, *choose_qparams(x.detach(), fmt), fmt).sum().backward()
@@ -158,7 +158,7 @@ def test_preparing_keeps_parameters_and_shared_layers() -> None:
     assert isinstance(model["c"], QLinear)
 
 
-def test_a_layer_that_stands_twice_in_one_module_is_replaced_in_both_places() -> None:
+def test_a_shared_layer_is_replaced_in_both_places() -> None:
     shared = nn.Linear(32, 32)
     model = prepare(nn.Sequential(shared, nn.ReLU(), shared), "w8a8")
     assert type(model[0]) is FakeQuantLinear
@@ -170,7 +170,7 @@ def test_a_layer_that_stands_twice_in_one_module_is_replaced_in_both_places() ->
 
 @torch.no_grad()
 def test_torchs_encoder_layers_round_in_evaluation_as_in_training() -> None:
-    """Their fused operator would take the float weights, and round nothing."""
+    """Their fused operator would use the float weights without rounding."""
     torch.manual_seed(0)
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True), 2)
     x = torch.randn(3, 5, 32)
@@ -204,7 +204,7 @@ def test_zero_points_cannot_be_learned() -> None:
 
 
 def spirals(count: int) -> tuple[Tensor, Tensor]:
-    """Two arms of points, 16 features each, and which arm they are of."""
+    """Points on two spiral arms: features (count, 16), and the arm of each point (count,)."""
     arm = torch.arange(count) % 2
     angle = torch.rand(count) * 6
     x = torch.stack([angle * (angle + 3.14159 * arm).cos(), angle * (angle + 3.14159 * arm).sin()], 1) / 6

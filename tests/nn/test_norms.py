@@ -1,4 +1,4 @@
-"""Fused norms: codes and scales of what the float norm gives, in float64."""
+"""Fused norms: the codes and scales are those of the float norm, computed in float64."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 SHAPES = st.sampled_from([(8,), (3, 8), (2, 0, 8), (2, 3, 40), (300, 1024)])
 
 
-def drawn(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+def random_input(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(*shape, generator=generator) * 10 ** (seed % 5 - 2)
     if x.dim() > 1 and len(x):
@@ -24,8 +24,8 @@ def drawn(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
     return x.to(dtype)
 
 
-def assert_codes_stand_for(pair: tuple[Tensor, Tensor], y: Tensor) -> None:
-    """Half a step from float64 `y`, plus float32's rounding, with the scale that absmax gives."""
+def assert_codes_represent(pair: tuple[Tensor, Tensor], y: Tensor) -> None:
+    """Assert that codes are within half a step of float64 `y`, plus float32 rounding, and scales follow absmax."""
     codes, scale = pair
     assert codes.dtype == torch.int8
     assert scale.shape == (*y.shape[:-1], 1)
@@ -41,12 +41,12 @@ def assert_codes_stand_for(pair: tuple[Tensor, Tensor], y: Tensor) -> None:
 def test_an_rms_norm_in_codes_is_the_float_norm_rounded(
     shape: tuple[int, ...], dtype: torch.dtype, seed: int, offset: float
 ) -> None:
-    x, migration = drawn(shape, dtype, seed), torch.rand(shape[-1]) + 0.5 if seed % 2 else None
+    x, migration = random_input(shape, dtype, seed), torch.rand(shape[-1]) + 0.5 if seed % 2 else None
     norm = nn.RMSNorm(shape[-1], eps=1e-5)
     nn.init.normal_(norm.weight)
     y = F.rms_norm(x.double(), norm.normalized_shape, norm.weight.double() + offset, 1e-5).detach()
     fused = QRMSNorm.from_float(norm, migration, offset=offset)
-    assert_codes_stand_for(fused(x), y if migration is None else y / migration.double())
+    assert_codes_represent(fused(x), y if migration is None else y / migration.double())
 
 
 @settings(max_examples=25)
@@ -54,13 +54,13 @@ def test_an_rms_norm_in_codes_is_the_float_norm_rounded(
 def test_a_layer_norm_in_codes_is_the_float_norm_rounded(
     shape: tuple[int, ...], dtype: torch.dtype, seed: int, bias: bool
 ) -> None:
-    x, migration = drawn(shape, dtype, seed), torch.rand(shape[-1]) + 0.5 if seed % 2 else None
+    x, migration = random_input(shape, dtype, seed), torch.rand(shape[-1]) + 0.5 if seed % 2 else None
     norm = nn.LayerNorm(shape[-1], bias=bias)
     for parameter in norm.parameters():
         nn.init.normal_(parameter)
     y = norm.double()(x.double()).detach()
     fused = QLayerNorm.from_float(norm.float(), migration)
-    assert_codes_stand_for(fused(x), y if migration is None else y / migration.double())
+    assert_codes_represent(fused(x), y if migration is None else y / migration.double())
 
 
 @settings(max_examples=25)
@@ -68,22 +68,22 @@ def test_a_layer_norm_in_codes_is_the_float_norm_rounded(
 def test_a_gated_product_in_codes_is_the_float_one_rounded(
     shape: tuple[int, ...], dtype: torch.dtype, seed: int
 ) -> None:
-    gate, up = drawn(shape, dtype, seed).clamp(-50, 50), drawn(shape, dtype, seed + 1)
+    gate, up = random_input(shape, dtype, seed).clamp(-50, 50), random_input(shape, dtype, seed + 1)
     migration = torch.rand(shape[-1]) + 0.5 if seed % 2 else None
     y = F.silu(gate.double()) * up.double()
-    assert_codes_stand_for(
+    assert_codes_represent(
         silu_mul_quantize(gate, up, migration), y if migration is None else y / migration.double()
     )
 
 
 @settings(max_examples=25)
 @given(shape=SHAPES, dtype=DTYPES, seed=st.integers(0, 99))
-def test_tokens_are_rounded_and_left_as_they_were(
+def test_quantizing_tokens_does_not_change_the_input(
     shape: tuple[int, ...], dtype: torch.dtype, seed: int
 ) -> None:
-    x = drawn(shape, dtype, seed)
+    x = random_input(shape, dtype, seed)
     before = x.clone()
-    assert_codes_stand_for(ops.quantize_tokens(x, None), x.double())
+    assert_codes_represent(ops.quantize_tokens(x, None), x.double())
     assert torch.equal(x, before)
 
 
@@ -110,7 +110,7 @@ def test_an_eps_of_none_is_torchs() -> None:
     assert QRMSNorm.from_float(nn.RMSNorm(8)).eps == torch.finfo(torch.float32).eps
 
 
-def test_norms_compile_whole_with_their_layer() -> None:
+def test_norms_and_their_layer_compile_without_graph_breaks() -> None:
     torch._dynamo.reset()
     model = nn.Sequential(QRMSNorm(64), QLinear.from_float(nn.Linear(64, 8), "w8a8"))
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -128,5 +128,5 @@ def test_norms_compile_whole_with_their_layer() -> None:
         ("silu_mul_quantize", (torch.randn(3, 16), torch.randn(3, 16), None)),
     ],
 )
-def test_operators_are_registered_as_torch_wants_them(name: str, arguments: tuple[object, ...]) -> None:
+def test_operators_pass_opcheck(name: str, arguments: tuple[object, ...]) -> None:
     torch.library.opcheck(getattr(torch.ops.qlinear, name).default, arguments)

@@ -1,8 +1,8 @@
-"""Fine-tuning the embedded model in four bits: a few steps win back most of what rounding cost.
+"""Fine-tuning the embedded model in four bits: a few steps recover most of the loss from rounding.
 
-Outliers are in the way twice: of rounding, which is why the model is smoothed first, and of Adam, which takes steps of
-one size while columns that read a large channel are small. So each column is trained relative to its own size. What is
-learned is the float model: its predictions, and what each of its blocks hands on.
+Outliers disturb rounding, so the model is smoothed first. They also disturb Adam, which takes steps of one size, while
+columns that read a large channel are small; so each column is trained relative to its size. The student learns the
+float model's predictions and its blocks' outputs.
 """
 
 from pathlib import Path
@@ -29,9 +29,12 @@ def load(folder: Path) -> nn.Module:
 
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher ‖ student), mean over tokens: 0 for the float model, so all of it is what rounding costs."""
-    given, wanted = student.log_softmax(-1).flatten(0, 1), teacher.log_softmax(-1).flatten(0, 1)
-    return F.kl_div(given, wanted, log_target=True, reduction="batchmean")
+    """KL(teacher ‖ student), mean over tokens. It is 0 for the float model, so it measures the loss from rounding."""
+    student_outputs, teacher_outputs = (
+        student.log_softmax(-1).flatten(0, 1),
+        teacher.log_softmax(-1).flatten(0, 1),
+    )
+    return F.kl_div(student_outputs, teacher_outputs, log_target=True, reduction="batchmean")
 
 
 @torch.no_grad()
@@ -40,13 +43,13 @@ def loss_on(ids: Tensor, student: nn.Module, teacher: nn.Module) -> float:
 
 
 def distance(ids: Tensor, student: nn.Module, teacher: nn.Module) -> Tensor:
-    """KL, and what each block's output is off, relative to its size."""
+    """KL, plus the relative squared error of each block's output."""
     with torch.no_grad():
-        wanted = teacher(input_ids=ids, output_hidden_states=True)
-    given = student(input_ids=ids, output_hidden_states=True)
-    pairs = zip(given.hidden_states[1:], wanted.hidden_states[1:], strict=True)
+        teacher_outputs = teacher(input_ids=ids, output_hidden_states=True)
+    student_outputs = student(input_ids=ids, output_hidden_states=True)
+    pairs = zip(student_outputs.hidden_states[1:], teacher_outputs.hidden_states[1:], strict=True)
     blocks = sum((a - b).square().mean() / b.square().mean() for a, b in pairs)
-    return divergence(given.logits, wanted.logits) + 5 * blocks
+    return divergence(student_outputs.logits, teacher_outputs.logits) + 5 * blocks
 
 
 class Relative(nn.Module):
@@ -87,7 +90,7 @@ def smoothed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_training_wins_back_half_of_what_four_bits_cost(smoothed: Path) -> None:
+def test_training_recovers_half_of_the_loss_from_four_bits(smoothed: Path) -> None:
     torch.manual_seed(0)
     tokenizer = load_tokenizer(demo.checkpoint_path())
     text = tokenize(demo.calibration_text(), tokenizer, STEPS * BATCH, LENGTH, 0)
@@ -101,5 +104,5 @@ def test_training_wins_back_half_of_what_four_bits_cost(smoothed: Path) -> None:
     convert(student)
     assert sum(isinstance(m, QLinear) for m in student.modules()) == LINEARS
     after = loss_on(held_out, student, teacher)
-    assert after <= without / 2, "of what the model as it is loses in four bits"
-    assert after <= before / 2, "even of what is lost where smoothing has been"
+    assert after <= without / 2, "relative to the loss of the unsmoothed model in four bits"
+    assert after <= before / 2, "relative to the loss of the smoothed model in four bits"

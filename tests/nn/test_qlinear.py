@@ -27,40 +27,40 @@ GENERIC = (
     Scheme("block", TensorFormat("float8_e4m3fn", "block", block_size=(8, 8))),
     Scheme("w8a8-uint8", TensorFormat(), TensorFormat("uint8", "tensor", symmetric=False)),
 )
-# The layers here have 256 inputs; what doesn't divide them stands in GENERIC in small.
+# The layers here have 256 inputs. Schemes whose groups do not divide 256 are in GENERIC with smaller groups.
 FITTING = [s for s in SCHEMES.values() if s.weight.group_size in (None, 256) and s.weight.block_size is None]
 ALL_SCHEMES = [*FITTING, *GENERIC]
 named = pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=lambda scheme: scheme.name)
 
 
-class Stats:
-    """What calibration would say of inputs between -3 and 3."""
+class InputRange:
+    """Statistics of inputs between -3 and 3."""
 
     min, max = torch.full((256,), -3.0), torch.full((256,), 3.0)
 
 
-def quantized(
+def make_layer(
     scheme: str | Scheme = "w8a8", bias: bool = True, migration_scale: Tensor | None = None
 ) -> tuple[nn.Linear, QLinear]:
     torch.manual_seed(0)
     linear = nn.Linear(256, 24, bias)
-    return linear, QLinear.from_float(linear, scheme, Stats, migration_scale)
+    return linear, QLinear.from_float(linear, scheme, InputRange, migration_scale)
 
 
 @named
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_its_output_is_the_float_layers_up_to_its_codes(scheme: Scheme, dtype: torch.dtype) -> None:
-    linear, layer = quantized(scheme)
+def test_the_output_is_the_float_layers_up_to_quantization_error(scheme: Scheme, dtype: torch.dtype) -> None:
+    linear, layer = make_layer(scheme)
     x = torch.randn(5, 256).clamp(-3, 3).to(dtype)
     error = (layer(x).float() - linear(x.float())).norm() / linear(x.float()).norm()
     assert layer(x).dtype == dtype
-    # An e4m3 code keeps three bits: each factor of a product is off by up to 1/16, 0.026 on average.
+    # An e4m3 code has three mantissa bits: each factor's relative error is at most 1/16, and 0.026 on average.
     assert error < {8: 0.05 if scheme.weight.is_float else 0.04, 4: 0.15}[scheme.weight.bits]
 
 
 @named
-def test_it_multiplies_by_what_its_codes_stand_for(scheme: Scheme) -> None:
-    _, layer = quantized(scheme, migration_scale=torch.rand(256) + 0.5)
+def test_it_multiplies_by_the_dequantized_weight(scheme: Scheme) -> None:
+    _, layer = make_layer(scheme, migration_scale=torch.rand(256) + 0.5)
     weight = dequantize(layer.weight, layer.weight_scale, layer.weight_zero_point, scheme.weight)
     torch.testing.assert_close(layer.dequantize() * layer.migration_scale, weight)
     x = torch.randn(64, 256).clamp(-3, 3)
@@ -70,8 +70,8 @@ def test_it_multiplies_by_what_its_codes_stand_for(scheme: Scheme) -> None:
 
 
 @pytest.mark.parametrize("name", ["w8a8", "w8a8-asym", "w8a8-static"])
-def test_the_integer_kernel_and_the_plain_way_agree(name: str) -> None:
-    _, layer = quantized(name, migration_scale=torch.rand(256) + 0.5)
+def test_the_integer_kernel_equals_the_plain_product(name: str) -> None:
+    _, layer = make_layer(name, migration_scale=torch.rand(256) + 0.5)
     x = torch.randn(7, 256)
     torch.testing.assert_close(layer(x), layer._forward_plain(x), rtol=1e-5, atol=1e-5)
 
@@ -82,32 +82,32 @@ def test_the_integer_kernel_and_the_plain_way_agree(name: str) -> None:
     scheme=st.sampled_from(ALL_SCHEMES),
 )
 def test_any_number_of_leading_dimensions(shape: list[int], dtype: torch.dtype, scheme: Scheme) -> None:
-    _, layer = quantized(scheme)
+    _, layer = make_layer(scheme)
     x = torch.randn(*shape, 256).to(dtype)
     assert layer(x).shape == (*shape, 24)
     if x.numel():
         last = layer(x.reshape(-1, 256)[-1])
-        # Generic schemes multiply in float, where torch sums a row and a matrix in different orders.
+        # Other schemes multiply in float, where torch sums a row and a matrix in different orders.
         exact = {"rtol": 0, "atol": 0} if layer._is_integer else {"rtol": 2e-2, "atol": 2e-2}
         torch.testing.assert_close(layer(x).reshape(-1, 24)[-1], last, **exact)
 
 
 def test_strides_do_not_matter() -> None:
-    _, layer = quantized()
+    _, layer = make_layer()
     x = torch.randn(4, 256, 6)
     assert torch.equal(layer(x.transpose(1, 2)), layer(x.transpose(1, 2).contiguous()))
     assert torch.equal(layer(x[:, :, :1].expand(4, 256, 6).mT), layer(x[:, :, :1].mT).expand(4, 6, 24))
 
 
 def test_the_input_may_be_given_by_name_as_to_linear() -> None:
-    linear, layer = quantized()
+    linear, layer = make_layer()
     x = torch.randn(3, 256)
     assert linear(input=x).shape == layer(input=x).shape
     assert torch.equal(layer(input=x), layer(x))
 
 
 def test_a_pair_of_codes_and_scale_skips_quantizing() -> None:
-    _, layer = quantized()
+    _, layer = make_layer()
     x = torch.randn(2, 5, 256)
     tokens = quantize_tensor(x, INT8_TOKEN)
     assert torch.equal(layer((tokens.codes, tokens.scale)), layer(x))
@@ -122,15 +122,15 @@ def test_a_pair_of_codes_and_scale_skips_quantizing() -> None:
         (torch.zeros(2, 256, dtype=torch.int8), torch.ones(2)),
     ],
 )
-def test_a_pair_that_is_none_is_refused(codes: Tensor, scale: Tensor) -> None:
+def test_an_invalid_pair_is_refused(codes: Tensor, scale: Tensor) -> None:
     with pytest.raises(QLinearError, match=r"must be int8 codes .* and their scale"):
-        quantized()[1]((codes, scale))
+        make_layer()[1]((codes, scale))
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
 @pytest.mark.parametrize("name", ["w8a8", "w8a8-asym", "w8a8-static", "w8a16", "fp8"])
 @pytest.mark.parametrize(("width", "out"), [(0, 4), (4, 0), (0, 0)])
-def test_a_layer_of_no_width_is_one_as_to_linear(name: str, width: int, out: int) -> None:
+def test_zero_widths_work_as_in_linear(name: str, width: int, out: int) -> None:
     linear, layer = nn.Linear(width, out), QLinear(width, out, scheme=name)
     layer.bias.copy_(linear.bias.detach())
     for shape in ((3, width), (2, 3, width), (width,)):
@@ -140,8 +140,8 @@ def test_a_layer_of_no_width_is_one_as_to_linear(name: str, width: int, out: int
 
 
 @named
-def test_a_layer_without_data_is_quantized_without_data(scheme: Scheme) -> None:
-    _, source = quantized(scheme)
+def test_a_meta_layer_is_quantized_on_meta(scheme: Scheme) -> None:
+    _, source = make_layer(scheme)
     if scheme.is_static:
         pytest.skip("statistics are data")
     layer = QLinear.from_float(nn.Linear(256, 24, device="meta"), scheme)
@@ -152,7 +152,7 @@ def test_a_layer_without_data_is_quantized_without_data(scheme: Scheme) -> None:
 
 
 def test_a_pair_is_refused_where_no_integer_kernel_takes_it() -> None:
-    _, layer = quantized("w8a16")
+    _, layer = make_layer("w8a16")
     with pytest.raises(SchemeError, match="'w8a16' takes no codes as input"):
         layer((torch.zeros(2, 256, dtype=torch.int8), torch.ones(2, 1)))
 
@@ -160,7 +160,7 @@ def test_a_pair_is_refused_where_no_integer_kernel_takes_it() -> None:
 @named
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_state_dict_round_trip_is_bit_exact(scheme: Scheme, bias: bool) -> None:
-    _, layer = quantized(scheme, bias, torch.rand(256) + 0.5)
+    _, layer = make_layer(scheme, bias, torch.rand(256) + 0.5)
     other = QLinear(256, 24, bias, scheme=scheme)
     file = io.BytesIO()
     torch.save(layer.state_dict(), file)
@@ -175,8 +175,8 @@ def test_a_state_dict_round_trip_is_bit_exact(scheme: Scheme, bias: bool) -> Non
 
 @named
 @pytest.mark.parametrize("assign", [True, False])
-def test_it_is_made_on_meta_and_filled_afterwards(scheme: Scheme, assign: bool) -> None:
-    _, source = quantized(scheme, migration_scale=torch.rand(256) + 0.5)
+def test_it_is_created_on_meta_and_loaded_afterwards(scheme: Scheme, assign: bool) -> None:
+    _, source = make_layer(scheme, migration_scale=torch.rand(256) + 0.5)
     layer = QLinear(256, 24, device="meta", scheme=scheme)
     assert all(buffer.is_meta for buffer in layer.buffers())
     if not assign:
@@ -187,7 +187,7 @@ def test_it_is_made_on_meta_and_filled_afterwards(scheme: Scheme, assign: bool) 
 
 
 def test_loading_is_strict() -> None:
-    _, layer = quantized()
+    _, layer = make_layer()
     state = layer.state_dict()
     del state["weight_scale"]
     with pytest.raises(RuntimeError, match="weight_scale"):
@@ -197,22 +197,22 @@ def test_loading_is_strict() -> None:
 
 
 def test_a_float_weight_is_not_taken_for_codes() -> None:
-    linear, layer = quantized()
+    linear, layer = make_layer()
     with pytest.raises(RuntimeError, match=r"weight must hold torch.int8 codes; got torch.float32"):
         layer.load_state_dict({**layer.state_dict(), "weight": linear.weight.detach()})
 
 
-def pickled(module: QLinear) -> QLinear:
+def pickle_copy(module: QLinear) -> QLinear:
     copied: QLinear = pickle.loads(pickle.dumps(module))
     return copied
 
 
-@pytest.mark.parametrize("copier", [copy.deepcopy, pickled])
+@pytest.mark.parametrize("copier", [copy.deepcopy, pickle_copy])
 @named
 def test_a_copy_is_independent(copier: Callable[[QLinear], QLinear], scheme: Scheme) -> None:
-    if copier is pickled and scheme.weight.is_float:
+    if copier is pickle_copy and scheme.weight.is_float:
         pytest.skip("torch's tensors of float8 cannot be pickled outside torch.save")
-    _, layer = quantized(scheme)
+    _, layer = make_layer(scheme)
     x = torch.randn(3, 256)
     before = layer(x)
     other = copier(layer)
@@ -224,8 +224,8 @@ def test_a_copy_is_independent(copier: Callable[[QLinear], QLinear], scheme: Sch
 
 @named
 @pytest.mark.parametrize("move", ["half", "bfloat16", "double", "cpu"])
-def test_moving_touches_neither_codes_nor_scales(scheme: Scheme, move: str) -> None:
-    _, layer = quantized(scheme, migration_scale=torch.rand(256) + 0.5)
+def test_moving_changes_neither_codes_nor_scales(scheme: Scheme, move: str) -> None:
+    _, layer = make_layer(scheme, migration_scale=torch.rand(256) + 0.5)
     before = {name: buffer.clone() for name, buffer in layer.named_buffers() if name != "bias"}
     getattr(layer, move)()
     for name, buffer in before.items():
@@ -236,14 +236,14 @@ def test_moving_touches_neither_codes_nor_scales(scheme: Scheme, move: str) -> N
 
 
 def test_it_knows_its_dtype_without_a_bias() -> None:
-    _, layer = quantized(bias=False)
+    _, layer = make_layer(bias=False)
     assert layer.to(torch.bfloat16).dtype == torch.bfloat16
     assert layer.to("meta").device.type == "meta"
     assert layer.dtype == torch.bfloat16
 
 
 def test_changed_codes_are_used_at_once() -> None:
-    _, layer = quantized()
+    _, layer = make_layer()
     x = torch.randn(3, 256)
     layer(x)
     twice = QLinear.from_float(nn.Linear(256, 24), "w8a8")
@@ -254,7 +254,7 @@ def test_changed_codes_are_used_at_once() -> None:
 
 
 def test_nothing_packed_is_saved() -> None:
-    _, layer = quantized()
+    _, layer = make_layer()
     before = {name: buffer.shape for name, buffer in layer.named_buffers()}
     layer(torch.randn(3, 256))
     assert {name: buffer.shape for name, buffer in layer.named_buffers()} == before
@@ -271,8 +271,8 @@ def test_nothing_packed_is_saved() -> None:
     ],
 )
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
-def test_a_wrong_input_is_refused_with_both_sides(x: Tensor, message: str, scheme: str) -> None:
-    _, layer = quantized(scheme)
+def test_a_wrong_input_is_refused_naming_expected_and_given(x: Tensor, message: str, scheme: str) -> None:
+    _, layer = make_layer(scheme)
     with pytest.raises(QLinearError, match=message):
         layer(x)
 
@@ -289,7 +289,7 @@ def test_codes_in_another_format_are_refused() -> None:
 
 
 @named
-def test_codes_are_taken_as_they_are(scheme: Scheme) -> None:
+def test_from_quantized_keeps_the_codes(scheme: Scheme) -> None:
     codes = quantize_tensor(torch.randn(24, 256), scheme.weight)
     layer = QLinear.from_quantized(codes, torch.ones(24), scheme, dtype=torch.bfloat16)
     assert layer.weight is codes.codes
@@ -308,7 +308,7 @@ def test_fresh_parameters_are_distributed_as_linears_are(scheme: Scheme) -> None
         torch.testing.assert_close(quantiles, bound * torch.tensor([-0.5, 0, 0.5]), atol=bound / 7, rtol=0)
 
 
-def test_it_is_described_as_linear_is() -> None:
+def test_its_repr_matches_linears() -> None:
     assert (
         repr(QLinear(256, 24, False)) == "QLinear(in_features=256, out_features=24, bias=False, scheme=w8a8)"
     )
@@ -317,7 +317,7 @@ def test_it_is_described_as_linear_is() -> None:
 
 
 def test_it_has_no_parameters_and_stays_in_its_mode() -> None:
-    linear, layer = quantized()
+    linear, layer = make_layer()
     assert not list(layer.parameters())
     assert layer.training
     assert not QLinear.from_float(linear.eval(), "w8a8").training

@@ -20,12 +20,12 @@ def smoothed(linear: nn.Linear) -> SmoothedLinear:
 def test_it_computes_what_the_layer_did_before_smoothing(bias: bool, dtype: torch.dtype) -> None:
     linear, x = nn.Linear(5, 3, bias, dtype=dtype), torch.randn(2, 4, 5, dtype=dtype)
     expected: Tensor = linear(x)
-    found = smoothed(linear)(x)
-    assert found.dtype == dtype
-    torch.testing.assert_close(found, expected)
+    y = smoothed(linear)(x)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, expected)
 
 
-def test_its_vector_stays_float32_wherever_it_is_moved() -> None:
+def test_its_vector_stays_float32_in_any_dtype() -> None:
     vector = S * 1.001
     layer = SmoothedLinear.from_float(nn.Linear(5, 3), vector).to(torch.bfloat16)
     assert layer.weight.dtype == torch.bfloat16

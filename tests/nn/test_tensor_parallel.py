@@ -1,4 +1,4 @@
-"""Slices, merges and ranks: parts of a layer compute parts of its output."""
+"""Slices, merges and ranks of a quantized layer: parts of a layer compute parts of its output."""
 
 import socket
 from pathlib import Path
@@ -35,7 +35,7 @@ ALL = [
 named = pytest.mark.parametrize("scheme", ALL, ids=lambda scheme: scheme.name)
 
 
-class Stats:
+class InputRange32:
     min, max = torch.full((32,), -4.0), torch.full((32,), 4.0)
 
 
@@ -45,7 +45,7 @@ def layer(scheme: Scheme, out: int = 24, bias: bool = True, seed: int = 0) -> QL
         nn.Linear(32, out, bias),
         torch.rand(32, generator=torch.Generator().manual_seed(1)) + 0.5,
     )
-    return QLinear.from_float(linear, scheme, Stats, migration)
+    return QLinear.from_float(linear, scheme, InputRange32, migration)
 
 
 def inputs() -> Tensor:
@@ -78,29 +78,29 @@ def test_merged_layers_give_their_outputs_side_by_side(scheme: Scheme) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_merged_attention_is_divided_by_heads_and_kv_heads_are_repeated(ranks: int) -> None:
+def test_merged_attention_is_divided_by_heads_with_kv_heads_repeated(ranks: int) -> None:
     heads, kv_heads, size = 4, 2, 4
     q, k, v = (layer(ALL[0], count * size, seed=count) for count in (heads, kv_heads, kv_heads))
     for rank in range(ranks):
         merged = merge_qkv(q, k, v, num_heads=heads, num_kv_heads=kv_heads, rank=rank, ranks=ranks)
-        mine = range(rank * heads // ranks, (rank + 1) * heads // ranks)
-        needed = sorted({head // (heads // kv_heads) for head in mine})
+        heads_of_rank = range(rank * heads // ranks, (rank + 1) * heads // ranks)
+        needed = sorted({head // (heads // kv_heads) for head in heads_of_rank})
         expected = [part(inputs()).unflatten(-1, (-1, size))[:, rows].flatten(1)
-                    for part, rows in ((q, list(mine)), (k, needed), (v, needed))]  # fmt: skip
+                    for part, rows in ((q, list(heads_of_rank)), (k, needed), (v, needed))]  # fmt: skip
         assert torch.equal(merged(inputs()), torch.cat(expected, -1))
 
 
-def test_what_cannot_be_merged_is_refused() -> None:
-    one, other = layer(ALL[0]), layer(ALL[0])
+def test_layers_that_cannot_be_merged_are_refused() -> None:
+    first, other = layer(ALL[0]), layer(ALL[0])
     other.migration_scale = other.migration_scale * 2
     with pytest.raises(SchemeError, match="their migration_scale must be equal"):
-        merge([one, other])
+        merge([first, other])
     with pytest.raises(SchemeError, match="need one scheme and width"):
-        merge([one, layer(SCHEMES["w8a16"])])
+        merge([first, layer(SCHEMES["w8a16"])])
     with pytest.raises(SchemeError, match="scales per tensor cannot be stacked"):
         merge([layer(ALL[-1]), layer(ALL[-1])])
     with pytest.raises(SchemeError, match="do not divide over 3 ranks"):
-        merge_qkv(one, one, one, num_heads=4, num_kv_heads=2, ranks=3)
+        merge_qkv(first, first, first, num_heads=4, num_kv_heads=2, ranks=3)
 
 
 def test_a_slice_through_a_group_is_refused() -> None:
@@ -112,11 +112,13 @@ def test_a_slice_through_a_group_is_refused() -> None:
 
 def network(scheme: Scheme) -> nn.Sequential:
     torch.manual_seed(5)
-    down = QLinear.from_float(nn.Linear(24, 6), Scheme("rows", *_rows(scheme)), _Wide, torch.rand(24) + 0.5)
+    down = QLinear.from_float(
+        nn.Linear(24, 6), Scheme("rows", *_rows(scheme)), InputRange24, torch.rand(24) + 0.5
+    )
     return nn.Sequential(layer(scheme), nn.Tanh(), down)
 
 
-class _Wide:
+class InputRange24:
     min, max = torch.full((24,), -1.0), torch.full((24,), 1.0)
 
 
@@ -145,10 +147,10 @@ def run_rank(rank: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_ranks_give_what_one_gives(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+def test_two_ranks_compute_what_one_computes(tmp_path: Path) -> None:
+    with socket.socket() as free_port:
+        free_port.bind(("localhost", 0))
+        port = free_port.getsockname()[1]
     mp.spawn(run_rank, (port, str(tmp_path)), nprocs=2)
     for rank in range(2):
         results = torch.load(tmp_path / f"{rank}.pt", weights_only=True)

@@ -1,4 +1,4 @@
-"""The integer kernels: equal to float32 of an int32 accumulator, on whatever processor they run."""
+"""The integer kernels: equal to float32 of an int32 accumulator, on every processor."""
 
 import os
 import subprocess
@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qlinear import ops
-from qlinear.ops import cpu_int8 as cpu
-from qlinear.ops import reference
+from qlinear.ops import onednn_product, reference
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 # Rows on both sides of a block of rows, widths on both sides of a slice of exact float32 sums.
@@ -22,14 +21,14 @@ OUTS = st.sampled_from([1, 5, 64, 130])
 
 
 def codes(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype = torch.int8) -> Tensor:
-    """Half of them the extremes of the dtype, where sums saturate first."""
+    """Random codes, half of them the dtype's extremes, where sums saturate first."""
     low, high = torch.iinfo(dtype).min, torch.iinfo(dtype).max
     anything = torch.randint(low, high + 1, shape, generator=generator)
     extreme = torch.where(torch.rand(shape, generator=generator) < 0.5, low, high)
     return torch.where(torch.rand(shape, generator=generator) < 0.5, anything, extreme).to(dtype)
 
 
-class Layer:
+class IntegerLayer:
     """A random layer and input; the same seed gives the same layer."""
 
     def __init__(self, rows: int, width: int, out: int, dtype: torch.dtype, seed: int) -> None:
@@ -41,7 +40,7 @@ class Layer:
         self.migration = torch.rand(width, generator=self.generator) + 0.5 if seed % 3 else None
 
 
-layers = st.builds(Layer, ROWS, WIDTHS, OUTS, DTYPES, st.integers(0, 1000))
+layers = st.builds(IntegerLayer, ROWS, WIDTHS, OUTS, DTYPES, st.integers(0, 1000))
 
 
 def int64_accumulator(x_codes: Tensor, zero_point: int, weight: Tensor) -> Tensor:
@@ -73,7 +72,7 @@ def test_autocast_does_not_round_the_integer_product() -> None:
 
 @settings(max_examples=60)
 @given(layer=layers)
-def test_the_dynamic_layer_is_the_reference_bit_for_bit(layer: Layer) -> None:
+def test_the_dynamic_layer_is_the_reference_bit_for_bit(layer: IntegerLayer) -> None:
     arguments = (layer.x, layer.weight, layer.weight_scale, layer.migration, layer.bias, True)
     y = ops.dynamic_linear(*arguments)
     assert y.dtype == layer.x.dtype
@@ -83,12 +82,12 @@ def test_the_dynamic_layer_is_the_reference_bit_for_bit(layer: Layer) -> None:
 @settings(max_examples=60)
 @given(layer=layers, zero_point=st.sampled_from([None, -128, -3, 0, 127]), unsigned=st.booleans())
 def test_the_static_layer_is_the_reference_bit_for_bit(
-    layer: Layer, zero_point: int | None, unsigned: bool
+    layer: IntegerLayer, zero_point: int | None, unsigned: bool
 ) -> None:
     zero = None if zero_point is None else torch.tensor([zero_point], dtype=torch.int8)
     if zero is not None and unsigned:
         zero = (zero.int() + 128).to(torch.uint8)
-    # A scale that leaves some inputs outside the range: they are clamped.
+    # With this scale some inputs are outside the range and are clamped.
     scale = torch.tensor([0.011])
     arguments = (layer.x, layer.weight, layer.weight_scale, layer.migration, layer.bias, scale, zero)
     assert torch.equal(ops.static_linear(*arguments), reference.static_linear(*arguments))
@@ -102,7 +101,7 @@ def test_the_static_layer_is_the_reference_bit_for_bit(
     zeros=st.booleans(),
 )
 def test_the_layer_on_codes_is_the_integer_formula_in_float32(
-    layer: Layer, dtype: torch.dtype, per_token: bool, zeros: bool
+    layer: IntegerLayer, dtype: torch.dtype, per_token: bool, zeros: bool
 ) -> None:
     x = codes(tuple(layer.x.shape), layer.generator, dtype)
     scale = torch.rand(x.shape[0], 1, generator=layer.generator) if per_token else torch.tensor([0.3])
@@ -119,8 +118,8 @@ def test_the_layer_on_codes_is_the_integer_formula_in_float32(
 def test_leading_dimensions_and_strides_do_not_matter(shape: tuple[int, ...], transposed: bool) -> None:
     weight, scale = torch.randint(-128, 128, (6, 8), dtype=torch.int8), torch.rand(6, 1)
     x = torch.randn(shape)
-    given = x.transpose(0, -1).contiguous().transpose(0, -1) if transposed else x
-    y = ops.dynamic_linear(given, weight, scale, None, None, True)
+    x_strided = x.transpose(0, -1).contiguous().transpose(0, -1) if transposed else x
+    y = ops.dynamic_linear(x_strided, weight, scale, None, None, True)
     flat = ops.dynamic_linear(x.reshape(-1, 8), weight, scale, None, None, True)
     assert torch.equal(y, flat.reshape(*shape[:-1], 6))
 
@@ -136,7 +135,7 @@ def test_a_per_tensor_weight_scale_is_one_for_every_channel() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("kernel", [ops.dynamic_linear, reference.dynamic_linear])
-def test_a_token_that_is_not_finite_spoils_itself_alone(kernel: object, bad: float) -> None:
+def test_a_token_that_is_not_finite_affects_no_other(kernel: object, bad: float) -> None:
     x, weight = torch.randn(3, 16), torch.randint(-128, 128, (6, 16), dtype=torch.int8)
     clean = ops.dynamic_linear(x, weight, torch.ones(6, 1), None, None, True)
     x[1, 4] = bad
@@ -154,29 +153,29 @@ def test_a_packed_weight_is_packed_again_when_its_codes_change() -> None:
         assert torch.equal(y, reference.dynamic_linear(x, weight, scale, None, None, True))
 
 
-def test_a_packed_weight_goes_when_its_codes_go() -> None:
+def test_a_packed_weight_is_dropped_with_its_codes() -> None:
     weight = torch.randint(-128, 128, (6, 16), dtype=torch.int8)
-    before = len(cpu._packed)
-    cpu.packed_once(weight)
-    assert len(cpu._packed) == before + 1
+    before = len(onednn_product._packed)
+    onednn_product.packed_once(weight)
+    assert len(onednn_product._packed) == before + 1
     del weight
-    assert len(cpu._packed) == before
+    assert len(onednn_product._packed) == before
 
 
-def test_the_default_device_does_not_reach_into_the_kernels() -> None:
+def test_the_default_device_does_not_affect_the_kernels() -> None:
     x, weight = torch.randn(3, 16), torch.randint(-128, 128, (6, 16), dtype=torch.int8)
     arguments = (x, weight, torch.rand(6, 1), None, None, True)
-    expected, exact = ops.dynamic_linear(*arguments), cpu.is_exact()
-    cpu.is_exact.cache_clear()
+    expected, exact = ops.dynamic_linear(*arguments), onednn_product.is_exact()
+    onednn_product.is_exact.cache_clear()
     with torch.device("meta"):
         assert torch.equal(ops.dynamic_linear(*arguments), expected)
-    assert cpu.is_exact() == exact
+    assert onednn_product.is_exact() == exact
 
 
 EXACT = """
 import torch
 from qlinear import ops
-from qlinear.ops import cpu
+from qlinear.ops import onednn_product
 g = torch.Generator().manual_seed(0)
 for rows, width, out in ((1, 2600, 65), (40, 4096, 64), (300, 515, 33)):
     x = torch.where(torch.rand(rows, width, generator=g) < 0.5, -128, 127).to(torch.int8)
@@ -185,13 +184,13 @@ for rows, width, out in ((1, 2600, 65), (40, 4096, 64), (300, 515, 33)):
     scale = torch.rand(out, 1, generator=g)
     y = ops.codes_linear(x, torch.ones(1), None, w, scale, None, None, torch.float32)
     assert torch.equal(y, (x.long() @ w.long().t()).float() * scale.t()), (rows, width, out)
-print(cpu.is_exact())
+print(onednn_product.is_exact())
 """
 
 
 @pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE", "ALL"])
 def test_sums_are_exact_on_every_kind_of_x86(isa: str) -> None:
-    """Without VNNI oneDNN saturates: it must find itself out, and leave the work to exact products."""
+    """Without VNNI oneDNN's sums saturate: `is_exact` must detect it, so that the reference computes the layer."""
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": isa}
     run = subprocess.run([sys.executable, "-c", EXACT], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -199,8 +198,8 @@ def test_sums_are_exact_on_every_kind_of_x86(isa: str) -> None:
 
 
 def test_without_onednn_the_reference_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "is_exact", lambda: False)
-    monkeypatch.setattr(cpu, "pack", lambda weight: pytest.fail("packed although it is inexact"))
+    monkeypatch.setattr(onednn_product, "is_exact", lambda: False)
+    monkeypatch.setattr(onednn_product, "pack", lambda weight: pytest.fail("packed although it is inexact"))
     x, weight = torch.randn(3, 16), torch.randint(-128, 128, (6, 16), dtype=torch.int8)
     arguments = (x, weight, torch.rand(6, 1), None, None, True)
     assert torch.equal(ops.dynamic_linear(*arguments), reference.dynamic_linear(*arguments))
@@ -223,5 +222,5 @@ KERNELS = ["dynamic_linear", "static_linear", "codes_linear", "requantized_linea
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_operators_are_registered_as_torch_wants_them(kernel: str) -> None:
+def test_operators_pass_opcheck(kernel: str) -> None:
     torch.library.opcheck(getattr(torch.ops.qlinear, kernel).default, samples(kernel))

@@ -1,5 +1,7 @@
-"""The layer on float inputs: whatever kernel it takes, it multiplies by what the codes stand for."""
+"""The layer on float inputs: every kernel multiplies by the dequantized codes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,19 +15,20 @@ import qlinear
 from qlinear import ops
 from qlinear.formats.scheme import Scheme, TensorFormat
 from qlinear.nn import QLinear
-from qlinear.ops import reference, weight_only
-from qlinear.ops import torch_int4 as int4
+from qlinear.ops import reference, torch_int4, weight_only
 
 from ..support.models import save_model
 
 CPU = torch.device("cpu")
-needs_int4 = pytest.mark.skipif(not int4.works(CPU), reason="torch has no 4-bit product on this processor")
+needs_int4 = pytest.mark.skipif(
+    not torch_int4.works(CPU), reason="torch has no 4-bit product on this processor"
+)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 HALF, SINGLE = 2.0**-8, 2.0**-24  # half a unit in the last place, of bfloat16 and of float32
 
 
-class Layer:
-    """Random codes in groups, with scales that bfloat16 holds, and an input; the same seed gives the same."""
+class WeightOnlyLayer:
+    """Random codes in groups, scales that are bfloat16 numbers, and an input, all determined by the seed."""
 
     def __init__(self, rows: int, width: int, out: int, tile: int, asymmetric: bool, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -46,14 +49,16 @@ class Layer:
 
 
 @st.composite
-def layers(draw: st.DrawFn) -> Layer:
+def layers(draw: st.DrawFn) -> WeightOnlyLayer:
     tile = draw(st.sampled_from([32, 64, 96, 128, 256, 512]))
     width, out = tile * draw(st.integers(1, 3)), 16 * draw(st.integers(1, 5))
-    return Layer(draw(st.integers(1, 64)), width, out, tile, draw(st.booleans()), draw(st.integers(0, 999)))
+    return WeightOnlyLayer(
+        draw(st.integers(1, 64)), width, out, tile, draw(st.booleans()), draw(st.integers(0, 999))
+    )
 
 
-def limit(layer: Layer) -> Tensor:
-    """What rounding the result to bfloat16, summing in float32 and rounding -zero · scale to bfloat16 can do."""
+def limit(layer: WeightOnlyLayer) -> Tensor:
+    """Error bound: rounding the result to bfloat16, summing in float32, rounding -zero · scale to bfloat16."""
     x, width = layer.x.double().abs(), layer.x.shape[1]
     exact = layer.x.double() @ layer.matrix.double().T
     summed = 2 * width * SINGLE * (x @ (layer.weight.abs() + 16).double().mul(spread(layer, layer.scale)).T)
@@ -63,37 +68,83 @@ def limit(layer: Layer) -> Tensor:
     return HALF * (exact.abs() + summed + x @ shifts.T) * (1 + 2 * HALF) + summed
 
 
-def spread(layer: Layer, per_tile: Tensor) -> Tensor:
+def spread(layer: WeightOnlyLayer, per_tile: Tensor) -> Tensor:
     return per_tile.double().repeat_interleave(layer.weight.shape[1] // per_tile.shape[1], 1)
 
 
 @needs_int4
 @settings(max_examples=60)
 @given(layer=layers())
-def test_four_bit_products_are_exact_up_to_the_rounding_of_bfloat16(layer: Layer) -> None:
-    assert int4.fits(layer.x, layer.weight, layer.scale)
+def test_four_bit_products_are_exact_up_to_the_rounding_of_bfloat16(layer: WeightOnlyLayer) -> None:
+    assert torch_int4.fits(layer.x, layer.weight, layer.scale)
     error = (layer().double() - layer.x.double() @ layer.matrix.double().T).abs()
     assert bool((error <= limit(layer)).all())
 
 
+@contextmanager
+def native_products(*dtypes: torch.dtype) -> Iterator[None]:
+    """Context manager: the layer computes as on a processor with native products in these half dtypes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weight_only, "multiplies_in", lambda dtype: dtype in dtypes)
+        yield
+
+
+# The half dtypes that a processor multiplies natively; products in the others are computed in float32.
+natively = pytest.mark.parametrize("half", [None, torch.bfloat16, torch.float16])
+
+
+@natively
 @settings(max_examples=40)
 @given(layer=layers(), dtype=st.sampled_from([torch.float32, torch.float16, torch.float64]))
-def test_other_dtypes_are_dequantized_to(layer: Layer, dtype: torch.dtype) -> None:
-    assert not int4.fits(layer.x.to(dtype), layer.weight, layer.scale)
-    y, exact = layer(layer.x.to(dtype)), layer.x.double() @ layer.matrix.double().T
+def test_other_dtypes_are_dequantized_to(
+    layer: WeightOnlyLayer, dtype: torch.dtype, half: torch.dtype | None
+) -> None:
+    assert not torch_int4.fits(layer.x.to(dtype), layer.weight, layer.scale)
+    with native_products(*filter(None, [half])):
+        y, exact = layer(layer.x.to(dtype)), layer.x.double() @ layer.matrix.double().T
     assert y.dtype == dtype
     assert float((y - exact).norm() / exact.norm()) < (1e-3 if dtype == torch.float16 else 1e-6)
 
 
+def dequantized_limit(layer: WeightOnlyLayer, half: torch.dtype | None) -> Tensor:
+    """Error bound: rounding the weight to bfloat16 if products are, summing in float32, rounding the result."""
+    exact = layer.x.double() @ layer.matrix.double().T
+    products = layer.x.double().abs() @ layer.matrix.double().abs().T
+    before = 2 * layer.x.shape[1] * SINGLE * products
+    if half == torch.bfloat16:
+        before = HALF * products + (1 + HALF) * before
+    return before + HALF * (exact.abs() + before)
+
+
+@pytest.mark.parametrize("half", [None, torch.bfloat16])
 @pytest.mark.parametrize(
     ("rows", "width", "out", "tile"),
     [(65, 64, 16, 32), (3, 64, 24, 32), (3, 48, 16, 16), (3, 40, 16, 40), (0, 64, 16, 32), (3, 64, 0, 32)],
 )
-def test_what_fits_no_kernel_is_dequantized(rows: int, width: int, out: int, tile: int) -> None:
-    layer = Layer(rows, width, out, tile, True, 0)
-    assert not int4.fits(layer.x, layer.weight, layer.scale)
-    exact = layer.x.double() @ layer.matrix.double().T
-    torch.testing.assert_close(layer().double(), exact, rtol=2 * HALF, atol=0.1)
+def test_shapes_without_a_kernel_are_dequantized(
+    rows: int, width: int, out: int, tile: int, half: torch.dtype | None
+) -> None:
+    layer = WeightOnlyLayer(rows, width, out, tile, True, 0)
+    assert not torch_int4.fits(layer.x, layer.weight, layer.scale)
+    with native_products(*filter(None, [half])):
+        error = (layer().double() - layer.x.double() @ layer.matrix.double().T).abs()
+    assert bool((error <= dequantized_limit(layer, half)).all())
+
+
+@natively
+@settings(max_examples=20)
+@given(
+    rows=st.integers(1, 200), dtype=st.sampled_from([torch.bfloat16, torch.float16]), seed=st.integers(0, 99)
+)
+def test_the_error_in_a_half_dtype_is_at_most_twice_that_of_the_reference(
+    rows: int, dtype: torch.dtype, seed: int, half: torch.dtype | None
+) -> None:
+    layer = WeightOnlyLayer(rows, 192, 40, 48, bool(seed % 2), seed)
+    x, exact = layer.x.to(dtype), layer.x.double() @ layer.matrix.double().T
+    expected = reference.weight_only_linear(x, layer.weight, layer.scale, layer.zero_point, None, None, 4)
+    with native_products(*filter(None, [half])):
+        error, reference_error = ((y - exact).norm() for y in (layer(x), expected))
+    assert error <= 2 * reference_error
 
 
 @settings(max_examples=25)
@@ -114,8 +165,8 @@ def test_a_weight_that_is_dequantized_in_pieces_is_the_whole(
     arguments = (x, weight, scale, None, migration, bias, 8)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weight_only, "_CHUNK", chunk)
-        found = ops.weight_only_linear(*arguments)
-    torch.testing.assert_close(found, reference.weight_only_linear(*arguments), rtol=1e-5, atol=1e-3)
+        y = ops.weight_only_linear(*arguments)
+    torch.testing.assert_close(y, reference.weight_only_linear(*arguments), rtol=1e-5, atol=1e-3)
 
 
 GROUPS = TensorFormat("int4", "group", group_size=32)
@@ -137,7 +188,7 @@ def layer_of(scheme: Scheme) -> QLinear:
 
 @needs_int4
 @named
-def test_the_kernel_errs_at_most_twice_as_much_as_the_plain_way(scheme: Scheme) -> None:
+def test_the_kernels_error_is_at_most_twice_that_of_the_plain_product(scheme: Scheme) -> None:
     layer = layer_of(scheme)
     x = torch.randn(40, 256).bfloat16()
     exact = layer._forward_plain(x.double()) if scheme.activation is None else layer._forward_plain(x.float())
@@ -158,7 +209,7 @@ def test_the_gradient_of_the_input_is_the_float_layers(scheme: Scheme) -> None:
 def test_changed_codes_and_scales_are_used_at_once(scheme: Scheme) -> None:
     layer, x = layer_of(scheme), torch.eye(256)[:3].bfloat16() * 64
     buffers = [layer.weight, layer.weight_scale, layer.weight_zero_point]
-    for buffer in [each for each in buffers if each is not None]:
+    for buffer in [tensor for tensor in buffers if tensor is not None]:
         before = layer(x)
         buffer.copy_(buffer.flip(0))
         assert not torch.equal(layer(x), before)
@@ -166,30 +217,30 @@ def test_changed_codes_and_scales_are_used_at_once(scheme: Scheme) -> None:
 
 
 @named
-def test_nothing_packed_is_saved_and_all_of_it_goes_with_the_layer(scheme: Scheme) -> None:
-    kept = len(int4._packed)
+def test_packed_weights_are_not_saved_and_are_dropped_with_the_layer(scheme: Scheme) -> None:
+    cached = len(torch_int4._packed)
     layer = layer_of(scheme)
     before = {name: buffer.shape for name, buffer in layer.state_dict().items()}
     layer(torch.randn(3, 256).bfloat16())
     assert {name: buffer.shape for name, buffer in layer.state_dict().items()} == before
-    assert len(int4._packed) == kept + int4.works(CPU)
+    assert len(torch_int4._packed) == cached + torch_int4.works(CPU)
     del layer
-    assert len(int4._packed) == kept
+    assert len(torch_int4._packed) == cached
 
 
-def test_a_product_that_multiplies_by_something_else_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    product = int4._product
-    int4.works.cache_clear()
-    monkeypatch.setattr(int4, "_product", lambda *args: product(*args) + 1)
-    assert not int4.works(CPU)
+def test_a_wrong_product_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    product = torch_int4._product
+    torch_int4.works.cache_clear()
+    monkeypatch.setattr(torch_int4, "_product", lambda *args: product(*args) + 1)
+    assert not torch_int4.works(CPU)
     monkeypatch.undo()
-    int4.works.cache_clear()
+    torch_int4.works.cache_clear()
 
 
 @given(out=st.integers(1, 8), width=st.integers(1, 8), seed=st.integers(0, 99))
-def test_cuda_takes_two_fields_to_a_byte_the_first_in_the_upper_half(out: int, width: int, seed: int) -> None:
+def test_cuda_packs_two_fields_per_byte_the_first_in_the_upper_half(out: int, width: int, seed: int) -> None:
     fields = torch.randint(0, 16, (out, 2 * width), generator=torch.Generator().manual_seed(seed))
-    assert int4.bytes_of(fields.to(torch.int8)).tolist() == [
+    assert torch_int4.bytes_of(fields.to(torch.int8)).tolist() == [
         [16 * first + second for first, second in zip(row[::2], row[1::2], strict=True)]
         for row in fields.tolist()
     ]
@@ -197,15 +248,19 @@ def test_cuda_takes_two_fields_to_a_byte_the_first_in_the_upper_half(out: int, w
 
 @settings(max_examples=30)
 @given(layer=layers())
-def test_cuda_takes_the_shapes_that_fit(layer: Layer) -> None:
-    """As far as that can be seen without one: torch checks shapes and dtypes of tensors without data alike."""
-    size = int4.group_size(layer.weight, layer.scale)
-    given = (layer.x, int4.bytes_of(layer.weight + 8), int4.scale_and_shift(layer.weight, layer.scale))
-    assert given[2].shape == (layer.weight.shape[1] // size, layer.weight.shape[0], 2)
+def test_cuda_takes_the_shapes_that_fit(layer: WeightOnlyLayer) -> None:
+    """Checked on fake tensors: torch checks their shapes and dtypes as it does on a GPU."""
+    size = torch_int4.group_size(layer.weight, layer.scale)
+    arguments = (
+        layer.x,
+        torch_int4.bytes_of(layer.weight + 8),
+        torch_int4.scale_and_shift(layer.weight, layer.scale),
+    )
+    assert arguments[2].shape == (layer.weight.shape[1] // size, layer.weight.shape[0], 2)
     with FakeTensorMode():
-        x, fields, pairs = (torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in given)
-        packed = int4.pack_on_cuda(fields)
-        y = int4._product(x, packed, size, pairs)
+        x, fields, pairs = (torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in arguments)
+        packed = torch_int4.pack_on_cuda(fields)
+        y = torch_int4._product(x, packed, size, pairs)
     assert (packed.dtype, packed.numel() * 8) == (torch.int32, layer.weight.numel())
     assert (y.shape, y.dtype) == ((len(layer.x), len(layer.weight)), torch.bfloat16)
 
@@ -213,12 +268,12 @@ def test_cuda_takes_the_shapes_that_fit(layer: Layer) -> None:
 @needs_cuda
 @settings(max_examples=30)
 @given(layer=layers())
-def test_four_bit_products_on_cuda_are_exact_up_to_the_rounding_of_bfloat16(layer: Layer) -> None:
-    assert int4.works(torch.device("cuda"))
+def test_four_bit_products_on_cuda_are_exact_up_to_the_rounding_of_bfloat16(layer: WeightOnlyLayer) -> None:
+    assert torch_int4.works(torch.device("cuda"))
     exact, bound = layer.x.double() @ layer.matrix.double().T, limit(layer)
     layer.x, layer.weight, layer.scale = layer.x.cuda(), layer.weight.cuda(), layer.scale.cuda()
     layer.zero_point = None if layer.zero_point is None else layer.zero_point.cuda()
-    assert int4.fits(layer.x, layer.weight, layer.scale)
+    assert torch_int4.fits(layer.x, layer.weight, layer.scale)
     assert bool(((layer().cpu().double() - exact).abs() <= bound).all())
 
 
@@ -231,14 +286,14 @@ def test_a_loaded_model_multiplies_its_four_bit_codes(
     ids = torch.arange(3, 67).reshape(8, 8)
     qlinear.quantize(source, tmp_path / "out", "w4a16-g32", calibration=ids)
     model = qlinear.load(tmp_path / "out", dtype="bfloat16").eval()
-    assert int4.works(CPU)  # what is tried once is tried now
-    calls, linear = [], int4.linear
-    monkeypatch.setattr(int4, "linear", lambda *args: (calls.append(1), linear(*args))[1])
+    assert torch_int4.works(CPU)  # the one test of the kernel runs now
+    kernel_calls, linear = [], torch_int4.linear
+    monkeypatch.setattr(torch_int4, "linear", lambda *args: (kernel_calls.append(1), linear(*args))[1])
     with torch.no_grad():
-        ours = model(ids[:2]).logits
-        assert len(calls) == 14
+        with_kernel = model(ids[:2]).logits
+        assert len(kernel_calls) == 14
         assert model.generate(ids[:1], max_new_tokens=4, do_sample=False).shape == (1, 12)
-        monkeypatch.setattr(int4, "works", lambda device: False)
-        theirs = model(ids[:2]).logits
-    error = float((ours - theirs).float().norm() / theirs.float().norm())
+        monkeypatch.setattr(torch_int4, "works", lambda device: False)
+        without_kernel = model(ids[:2]).logits
+    error = float((with_kernel - without_kernel).float().norm() / without_kernel.float().norm())
     assert 0 < error < 0.03

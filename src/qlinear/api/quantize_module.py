@@ -22,7 +22,7 @@ from ..errors import SchemeError, StructureError
 from ..formats.name_patterns import matches_any
 from ..formats.scheme import Scheme, get_scheme
 from ..nn import QLinear
-from ..nn.encoder_fast_path import leave_fast_paths
+from ..nn.encoder_fast_path import disable_fast_paths
 from ..tracing.trace import Weight, watching_inputs
 
 _SAMPLE = 256
@@ -83,7 +83,7 @@ def quantize_(
     _replace(
         module, {n: _quantized(layer, scheme, stats.get(n), scales.get(n)) for n, layer in layers.items()}
     )
-    leave_fast_paths(module)
+    disable_fast_paths(module)
     return InPlace(module, tuple(layers), _left(module, seen if example_inputs is not None else None))
 
 

@@ -1,6 +1,6 @@
-"""Modules: the quantized linear layer where `torch.nn.Linear` stood, the norms before it, and its training.
+"""Modules: the quantized layer that replaces `torch.nn.Linear`, norms that quantize their output, and training.
 
-`parallel`, which needs torch.distributed, is imported on its own.
+`tensor_parallel` is not imported here, because it needs torch.distributed.
 """
 
 from .activation_range import input_range

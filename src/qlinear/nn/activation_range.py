@@ -1,9 +1,9 @@
-"""The range of a static activation: which inputs keep their value, and which are clamped.
+"""Choosing the range of a static activation from a sample of inputs; inputs outside the range are clamped.
 
-One scale for all inputs has to be chosen before they are seen. Covering every input of the calibration set keeps
-the largest and gives the many small ones coarse steps; clamping a few rare ones buys finer steps for all others.
-Each function takes a sample of a layer's input (after any migration) and returns the ends of the range, which
-`QLinear.set_input_range` makes into a scale and a zero point.
+A static scale is chosen before the inputs are known. A range that covers every calibration input keeps the largest
+values but gives the many small ones coarse steps. Clamping a few rare values gives finer steps to all others.
+`input_range` takes a sample of a layer's input, after migration, and returns the ends of the range.
+`QLinear.set_input_range` converts these to a scale and a zero point.
 """
 
 from typing import Literal
@@ -22,11 +22,11 @@ _SHRINK_STEPS = 100
 def input_range(
     sample: Tensor, fmt: TensorFormat, method: RangeMethod = "minmax", percentile: float = 99.99
 ) -> tuple[Tensor, Tensor]:
-    """The least and greatest input to represent, two float32 scalars.
+    """The minimum and maximum of the range, two float32 scalars.
 
-    sample: inputs of any shape. fmt: the per-tensor activation format. method: "minmax", all of the sample;
-    "percentile", all but the `100 - percentile` percent farthest from zero, counted at both ends for a format with a
-    zero point; "least_squares", the range of least squared rounding error over the sample, clamping included.
+    sample: inputs of any shape. fmt: the per-tensor activation format. method: "minmax", the whole sample;
+    "percentile", all but the `100 - percentile` percent farthest from zero, counted at each end for a format with a
+    zero point; "least_squares", the range with the smallest squared error over the sample, clamping included.
     Raises NumericsError on NaN or infinity, QLinearError on an empty sample or an unknown method.
     """
     require_finite(sample, "the sample of a layer's input")
@@ -52,13 +52,13 @@ def _percentile(values: Tensor, fmt: TensorFormat, percentile: float) -> tuple[T
 
 
 def _quantile(values: Tensor, fraction: float) -> Tensor:
-    """The smallest value that at least `fraction` of the values do not exceed; of any number of values."""
+    """The smallest value that at least `fraction` of the values do not exceed. `torch.quantile` limits their number."""
     count = max(1, -int(-fraction * values.numel() // 1))
     return values.kthvalue(min(count, values.numel())).values
 
 
 def _least_squares(values: Tensor, fmt: TensorFormat) -> tuple[Tensor, Tensor]:
-    """The best of the full range shrunk towards zero in equal steps."""
+    """The best of 100 ranges: the full one, shrunk towards zero in equal steps."""
     low, high = values.amin(), values.amax()
     shrunk = [1 - step / _SHRINK_STEPS for step in range(_SHRINK_STEPS)]
     errors = [_squared_error(values, low * ratio, high * ratio, fmt) for ratio in shrunk]

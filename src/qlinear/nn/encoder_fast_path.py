@@ -1,13 +1,13 @@
-"""Torch's transformer encoders, kept from passing by what took the place of their linear layers."""
+"""Disables the fused operator of torch's transformer encoders, which would bypass replaced linear layers."""
 
 from torch import nn
 
 
-def leave_fast_paths(module: nn.Module) -> None:
-    """Let torch's encoder layers call their linears where those are no longer nn.Linear.
+def disable_fast_paths(module: nn.Module) -> None:
+    """Make torch's encoder layers call their linears if these are no longer nn.Linear.
 
-    In evaluation they would hand the weights themselves, codes or floats to be rounded, to one fused operator. What is
-    set here are the attributes by which they decide.
+    In evaluation mode an encoder layer passes its linears' `weight` tensors to one fused operator. This sets the
+    attributes that torch checks before it does so.
     """
     for child in module.modules():
         if isinstance(child, nn.TransformerEncoderLayer) and _is_replaced(child):
@@ -17,5 +17,5 @@ def leave_fast_paths(module: nn.Module) -> None:
 
 
 def _is_replaced(layer: nn.Module) -> bool:
-    own = (getattr(layer, "linear1", None), getattr(layer, "linear2", None))
-    return any(linear is not None and type(linear) is not nn.Linear for linear in own)
+    linears = (getattr(layer, "linear1", None), getattr(layer, "linear2", None))
+    return any(linear is not None and type(linear) is not nn.Linear for linear in linears)

@@ -1,7 +1,7 @@
-"""Norms that end in int8 codes, for the quantized layers that read them.
+"""Norms that return int8 codes, for the quantized layers that read them.
 
-A norm is followed by the per-token quantization of its output; done as one operator, the normalized tensor is
-never written. The pair that comes back is what `QLinear` takes in place of a float tensor.
+A norm and the per-token quantization of its output are one operator, so the normalized tensor is never written to
+memory. `QLinear` takes the returned pair (codes, scale) in place of a float tensor.
 """
 
 from typing import Self
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .. import ops
 
 
-class _QNorm(nn.Module):
-    """What both norms hold: weight (n,), and migration_scale (n,) float32 or None, which divides the output."""
+class _QuantizingNorm(nn.Module):
+    """The state of both norms: weight (n,), and migration_scale (n,) float32 or None, which divides the output."""
 
     weight: Tensor
     migration_scale: Tensor | None
@@ -35,11 +35,11 @@ class _QNorm(nn.Module):
         return f"{self.normalized_shape}, eps={self.eps}"
 
 
-class QRMSNorm(_QNorm):
+class QRMSNorm(_QuantizingNorm):
     """RMS norm and per-token quantization: x (*, n) → codes (*, n) int8, scale (*, 1) float32.
 
-    The codes stand for x / sqrt(mean(x²) + eps) * (offset + weight) / migration_scale (Zhang and Sennrich 2019).
-    offset: 1 for norms that store their gain less one. All arithmetic is in float32.
+    They represent x / sqrt(mean(x²) + eps) * (offset + weight) / migration_scale (Zhang and Sennrich 2019).
+    offset: 1 for norms that store their gain minus one. All arithmetic is in float32.
     """
 
     def __init__(
@@ -59,9 +59,11 @@ class QRMSNorm(_QNorm):
         cls, norm: nn.RMSNorm, migration_scale: Tensor | None = None, *, offset: float = 0.0
     ) -> Self:
         """The norm with this weight and eps; migration_scale (n,) is that of the layers that read it."""
-        made = cls(norm.weight.shape[0], _eps(norm), norm.weight.device, norm.weight.dtype, offset=offset)
-        made.weight, made.migration_scale = norm.weight, migration_scale
-        return made
+        quantized = cls(
+            norm.weight.shape[0], _eps(norm), norm.weight.device, norm.weight.dtype, offset=offset
+        )
+        quantized.weight, quantized.migration_scale = norm.weight, migration_scale
+        return quantized
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (*, n) → (codes, scale)."""
@@ -72,15 +74,15 @@ class QRMSNorm(_QNorm):
 
 
 def _eps(norm: nn.RMSNorm) -> float:
-    """The epsilon under any of the names that RMS norms give it; torch's None is the least of the dtype."""
+    """The epsilon, under either name that RMS norms use; torch's None means the dtype's machine epsilon."""
     eps: float | None = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     return float(torch.finfo(norm.weight.dtype).eps) if eps is None else eps
 
 
-class QLayerNorm(_QNorm):
+class QLayerNorm(_QuantizingNorm):
     """Layer norm and per-token quantization: x (*, n) → codes (*, n) int8, scale (*, 1) float32.
 
-    The codes stand for ((x - mean) / sqrt(var + eps) * weight + bias) / migration_scale (Ba et al. 2016).
+    They represent ((x - mean) / sqrt(var + eps) * weight + bias) / migration_scale (Ba et al. 2016).
     """
 
     bias: Tensor | None
@@ -94,16 +96,16 @@ class QLayerNorm(_QNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(normalized_shape, eps, device, dtype)
-        made = nn.Parameter(torch.zeros(normalized_shape, device=device, dtype=dtype)) if bias else None
-        self.register_parameter("bias", made)
+        quantized = nn.Parameter(torch.zeros(normalized_shape, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", quantized)
 
     @classmethod
     def from_float(cls, norm: nn.LayerNorm, migration_scale: Tensor | None = None) -> Self:
         """The norm with this weight, bias and eps; migration_scale (n,) is that of the layers that read it."""
         weight = norm.weight
-        made = cls(weight.shape[0], norm.eps, norm.bias is not None, weight.device, weight.dtype)
-        made.weight, made.bias, made.migration_scale = weight, norm.bias, migration_scale
-        return made
+        quantized = cls(weight.shape[0], norm.eps, norm.bias is not None, weight.device, weight.dtype)
+        quantized.weight, quantized.bias, quantized.migration_scale = weight, norm.bias, migration_scale
+        return quantized
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (*, n) → (codes, scale)."""
@@ -114,5 +116,5 @@ class QLayerNorm(_QNorm):
 def silu_mul_quantize(
     gate: Tensor, up: Tensor, migration_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """silu(gate) * up / migration_scale, (*, n) each, as codes (*, n) int8 and scale (*, 1): for gated MLPs."""
+    """silu(gate) * up / migration_scale, with gate and up (*, n), as codes (*, n) int8 and scale (*, 1) float32."""
     return ops.silu_mul_quantize(gate, up, migration_scale)

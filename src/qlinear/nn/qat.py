@@ -1,11 +1,11 @@
-"""`FakeQuantLinear`: a float layer that rounds as its quantized self will, and can be trained meanwhile.
+"""`FakeQuantLinear`: a float layer whose forward rounds as the quantized layer does, for training.
 
     forward   y = Q(x) Q(W)ᵀ + b        Q(v) = s · round(clamp(v / s))
-    backward  round is taken for the identity (straight through; Bengio et al. 2013), clamp for what it is
+    backward  round counts as the identity (straight-through estimator; Bengio et al. 2013), clamp is differentiated
 
 With a learned weight scale the same expression, differentiated by s, is LSQ (Esser et al. 2020, eq. 3): inside the
-range ∂Q/∂s = round(v/s) - v/s, outside it is the clamped code; the gradient is scaled by 1/sqrt(n · steps) (section
-2.2), n being how many weights share s.
+range ∂Q/∂s = round(v/s) - v/s, outside it is the clamped code. The gradient is scaled by 1/sqrt(n · steps) (section
+2.2), where n is the number of weights that share s.
 
     prepare(module, "w4a8")  →  train  →  convert(module)
 """
@@ -20,26 +20,26 @@ from torch.nn import functional as F
 from ..errors import SchemeError
 from ..formats.rounding import QuantizedTensor, choose_qparams, per_element, qparams_from_range, quantize
 from ..formats.scheme import Scheme, TensorFormat, get_scheme
-from .encoder_fast_path import leave_fast_paths
+from .encoder_fast_path import disable_fast_paths
 from .qlinear import QLinear
 
-# How much of the range of a static activation the next batch replaces.
+# Weight of a new batch in the running range of a static activation.
 _RANGE_MOMENTUM = 0.1
 _SLACK = 0.5 + 2**-10
-_L = TypeVar("_L", bound=nn.Module)
+M = TypeVar("M", bound=nn.Module)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: TensorFormat) -> Tensor:
-    """What x's codes stand for, float32, with the gradients that training needs.
+    """The dequantized codes of x, float32, with straight-through gradients.
 
-    x: (*, in). scale, zero_point: `fmt.scale_shape(x.shape)`, float32. The values are exactly those of
-    `dequantize(quantize(x, ...), ...)`, as in `fake_quantize_input`. Gradients reach x where it is not clipped, and
-    `scale`.
+    x: (*, in). scale, zero_point: `fmt.scale_shape(x.shape)`, float32. The values equal
+    `dequantize(quantize(x, ...), ...)` exactly, as in `fake_quantize_input`. Gradients flow to x where it is not
+    clipped, and to `scale`.
     """
     step = per_element(scale, fmt, x.shape)
     zero = torch.zeros_like(step) if zero_point is None else per_element(zero_point, fmt, x.shape)
     low, high = (end - zero for end in fmt.code_range)
-    # The extremes that chose the scale lie up to half a step outside: they are not clipped, and go on learning.
+    # The extremes that determined the scale lie up to half a step outside. They are not clipped, so they keep learning.
     codes = (x.float() / step).clamp(low - _SLACK, high + _SLACK)
     fixed = codes.detach()
     rounded = fixed.to(fmt.storage).float() if fmt.is_float else fixed.round()
@@ -47,11 +47,11 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: Tens
 
 
 class FakeQuantLinear(nn.Linear):
-    """`torch.nn.Linear` that computes in the rounding of a scheme, and learns around it.
+    """`torch.nn.Linear` that rounds weight and input as a scheme does, for quantization-aware training.
 
-    Arguments, parameters and state are nn.Linear's; besides, scheme: a preset's name or a `Scheme`. learn_scale: the
-    weight's scales are a parameter, `weight_scale`, trained by LSQ; otherwise they follow the weight's extremes.
-    Static activations keep a running range of the inputs seen in training, `input_low` and `input_high` (1,).
+    Arguments, parameters and state are nn.Linear's. Further arguments: scheme, a preset's name or a `Scheme`;
+    learn_scale, whether the weight's scales are a parameter `weight_scale`, trained by LSQ. Otherwise they follow the
+    weight's extremes. Static activations keep a running range of training inputs, `input_low` and `input_high` (1,).
     """
 
     weight_scale: nn.Parameter | None
@@ -76,22 +76,22 @@ class FakeQuantLinear(nn.Linear):
             raise SchemeError(f"learned scales are symmetric; scheme {self.scheme.name!r} has zero points")
         self.register_parameter("weight_scale", None)
         for name in ("input_low", "input_high"):
-            seen_nothing = torch.full((1,), torch.nan, device=self.weight.device)
-            self.register_buffer(name, seen_nothing if self.scheme.is_static else None)
+            empty_range = torch.full((1,), torch.nan, device=self.weight.device)
+            self.register_buffer(name, empty_range if self.scheme.is_static else None)
         if learn_scale:
-            self.weight_scale = nn.Parameter(_first_scale(self.weight.detach(), self.scheme.weight))
+            self.weight_scale = nn.Parameter(_initial_scale(self.weight.detach(), self.scheme.weight))
 
     @classmethod
     def from_float(cls, linear: nn.Linear, scheme: str | Scheme, *, learn_scale: bool = False) -> Self:
-        """The layer with this one's own parameters: what trains the one trains the other."""
+        """The layer with the parameters of `linear`, shared: training one trains the other."""
         weight = linear.weight
-        made = cls(
+        layer = cls(
             linear.in_features, linear.out_features, linear.bias is not None, "meta", weight.dtype,
             scheme=scheme, learn_scale=learn_scale,
         )  # fmt: skip
-        made.weight, made.bias = linear.weight, linear.bias
-        made._begin()
-        return made.train(linear.training)
+        layer.weight, layer.bias = linear.weight, linear.bias
+        layer._reset_learned_state()
+        return layer.train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """input (*, in) → (*, out), in the dtype that nn.Linear would give."""
@@ -104,7 +104,7 @@ class FakeQuantLinear(nn.Linear):
     def _weight_qparams(self) -> tuple[Tensor, Tensor | None]:
         if self.weight_scale is None:
             return choose_qparams(self.weight.detach(), self.scheme.weight)
-        return _gently(self.weight_scale, self.weight, self.scheme.weight), None
+        return _with_scaled_gradient(self.weight_scale, self.weight, self.scheme.weight), None
 
     def _round_input(self, x: Tensor, activation: TensorFormat) -> Tensor:
         if activation.dynamic:
@@ -114,34 +114,34 @@ class FakeQuantLinear(nn.Linear):
         return fake_quantize(x, scale, zero_point, activation)
 
     def _input_range(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The running range of inputs, this batch counted in while training."""
+        """The running range of inputs; training mode updates it with this batch."""
         assert self.input_low is not None
         assert self.input_high is not None
         if self.training and x.numel():
             for end, now in ((self.input_low, x.amin()), (self.input_high, x.amax())):
-                moved = end.float().lerp(now.float(), _RANGE_MOMENTUM)
-                end.copy_(torch.where(end.isnan(), now.float(), moved))
+                updated = end.float().lerp(now.float(), _RANGE_MOMENTUM)
+                end.copy_(torch.where(end.isnan(), now.float(), updated))
         return self.input_low.float(), self.input_high.float()
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, *rest: Any
     ) -> None:
-        """Take nn.Linear's state as well: learned scales then begin at its weight's, and ranges have seen nothing."""
+        """Load nn.Linear's state too: learned scales then start from its weight, and ranges are empty."""
         missing: list[str] = rest[0]
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
-        own = [
+        extra = [
             name for name in ("weight_scale", "input_low", "input_high") if getattr(self, name) is not None
         ]
-        if f"{prefix}weight" not in state_dict or any(f"{prefix}{name}" in state_dict for name in own):
+        if f"{prefix}weight" not in state_dict or any(f"{prefix}{name}" in state_dict for name in extra):
             return
-        missing[:] = [name for name in missing if name.removeprefix(prefix) not in own]
-        self._begin()
+        missing[:] = [name for name in missing if name.removeprefix(prefix) not in extra]
+        self._reset_learned_state()
 
     @torch.no_grad()
-    def _begin(self) -> None:
-        """Start learned scales from the weight, and ranges from nothing, wherever the weight is by now."""
+    def _reset_learned_state(self) -> None:
+        """Set learned scales from the weight and empty the ranges, on the weight's device."""
         if self.weight_scale is not None:
-            scale = _first_scale(self.weight.detach(), self.scheme.weight)
+            scale = _initial_scale(self.weight.detach(), self.scheme.weight)
             if self.weight_scale.device == scale.device:
                 self.weight_scale.copy_(scale)
             else:
@@ -151,7 +151,7 @@ class FakeQuantLinear(nn.Linear):
                 setattr(self, name, torch.full((1,), torch.nan, device=self.weight.device))
 
     def convert(self) -> QLinear:
-        """The quantized layer that computes what this one does. Raises SchemeError if a static layer saw no input."""
+        """The `QLinear` that computes the same. Raises SchemeError if a static layer has no input range yet."""
         with torch.no_grad():
             scale, zero_point = self._weight_qparams()
         codes = quantize(self.weight.detach(), scale.detach(), zero_point, self.scheme.weight)
@@ -167,35 +167,35 @@ class FakeQuantLinear(nn.Linear):
         return layer.train(self.training)
 
     def extra_repr(self) -> str:
-        """What `torch.nn.Linear` prints, and the scheme."""
+        """The text of `torch.nn.Linear`, and the scheme."""
         learned = "" if self.weight_scale is None else ", learn_scale=True"
         return f"{super().extra_repr()}, scheme={self.scheme.name}{learned}"
 
 
-def _first_scale(weight: Tensor, fmt: TensorFormat) -> Tensor:
-    """The scales that training starts from: those of round to nearest.
+def _initial_scale(weight: Tensor, fmt: TensorFormat) -> Tensor:
+    """The initial scales of training: those of rounding to nearest.
 
-    LSQ starts a network that is trained from scratch at 2 mean|w| / sqrt(steps); for weights that are trained already
-    that clips many, and the extremes are the better start.
+    LSQ starts from 2 mean|w| / sqrt(steps), for networks trained from scratch. That clips many weights of a trained
+    network, where the extremes are the better start.
     """
     if weight.is_meta:
         return torch.empty(fmt.scale_shape(weight.shape), device="meta")
     return choose_qparams(weight, fmt)[0]
 
 
-def _gently(scale: Tensor, weight: Tensor, fmt: TensorFormat) -> Tensor:
+def _with_scaled_gradient(scale: Tensor, weight: Tensor, fmt: TensorFormat) -> Tensor:
     """`scale`, positive, with LSQ's factor 1 / sqrt(n · steps) on its gradient."""
     factor = (weight.numel() / scale.numel() * fmt.steps) ** -0.5
-    slowed = scale.float() * factor
-    faithful: Tensor = slowed + (scale - slowed).detach()
-    return faithful.abs().clamp(min=torch.finfo(torch.float32).tiny)
+    scaled = scale.float() * factor
+    result: Tensor = scaled + (scale - scaled).detach()
+    return result.abs().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def prepare(module: nn.Module, scheme: str | Scheme, *, learn_scale: bool = False) -> nn.Module:
-    """Make every `nn.Linear` of a module trainable in the rounding of `scheme`, in place.
+    """Replace every `nn.Linear` of a module by a `FakeQuantLinear` of `scheme`, in place.
 
-    The layers keep their parameters, so optimizers made before stay valid. Returns the module (a new one only where
-    the module is itself an nn.Linear). Raises SchemeError, before anything changes, where the scheme does not fit.
+    The layers keep their parameters, so existing optimizers stay valid. Returns the module (a new one only if it is
+    itself an nn.Linear). Raises SchemeError, before any change, where the scheme does not fit.
     """
     scheme = get_scheme(scheme)
     for child in module.modules():
@@ -209,19 +209,19 @@ def prepare(module: nn.Module, scheme: str | Scheme, *, learn_scale: bool = Fals
 
 
 def convert(module: nn.Module) -> nn.Module:
-    """Make every `FakeQuantLinear` of a module the `QLinear` that computes the same, in place; returns the module."""
+    """Replace every `FakeQuantLinear` of a module by an equal `QLinear`, in place; returns the module."""
     return _replaced(module, FakeQuantLinear, FakeQuantLinear.convert)
 
 
-def _replaced(module: nn.Module, kind: type[_L], make: Callable[[_L], nn.Module]) -> nn.Module:
-    """`module` with each child of exactly this kind made anew; one that stands in several places stays one."""
+def _replaced(module: nn.Module, kind: type[M], make: Callable[[M], nn.Module]) -> nn.Module:
+    """`module` with each child of exactly the type `kind` replaced; a child used in several places stays shared."""
     if type(module) is kind:
         return make(module)
-    made: dict[int, nn.Module] = {}
+    replacements: dict[int, nn.Module] = {}
     for parent in list(module.modules()):
         for name, child in list(parent._modules.items()):
             if child is not None and type(child) is kind:
-                made[id(child)] = made.get(id(child)) or make(child)
-                setattr(parent, name, made[id(child)])
-    leave_fast_paths(module)
+                replacements[id(child)] = replacements.get(id(child)) or make(child)
+                setattr(parent, name, replacements[id(child)])
+    disable_fast_paths(module)
     return module

@@ -1,13 +1,14 @@
-"""`QLinear`: what stands where `torch.nn.Linear` stood.
+"""`QLinear`: the quantized layer that replaces `torch.nn.Linear`.
 
-The module holds codes and scales as buffers under the names that a checkpoint has, and its forward is one call.
-Int8 weights with int8 activations go to the integer operators in `ops`; other weights with scales by rows or groups to
-the one that dequantizes on the way into the product, or multiplies 4-bit codes as they are; any other scheme goes the
-plain way, so a new format is right before it has a kernel. What a kernel derives from the codes (a packed layout) is no
-part of the module's state: `ops` makes it again when the codes change.
+The forward is one call of an operator in `ops`:
+
+    int8 weights, int8 activations       the integer operators
+    weights with scales per row or group `weight_only_linear`, which dequantizes in tiles or multiplies 4-bit codes
+    any other scheme                     dequantize and multiply, so a new format is correct before it has a kernel
+
+The buffers, and what moving and loading do to them, are in `linear_state`.
 """
 
-from collections.abc import Callable, Mapping
 from typing import Any, Protocol, Self
 
 import torch
@@ -26,45 +27,22 @@ from ..formats.rounding import (
     quantize_tensor,
 )
 from ..formats.scheme import Scheme, TensorFormat, get_scheme
-
-_OPTIONAL = ("weight_zero_point", "input_scale", "input_zero_point", "migration_scale")
+from .linear_state import QuantizedLinearState
 
 
 class ChannelStats(Protocol):
-    """What is known of a layer's input, per channel: float32 tensors of shape (in,)."""
+    """Statistics of a layer's input per channel: float32 tensors of shape (in,)."""
 
     @property
     def min(self) -> Tensor:
-        """The least value of each channel."""
+        """The minimum of each channel."""
 
     @property
     def max(self) -> Tensor:
-        """The greatest value of each channel."""
+        """The maximum of each channel."""
 
 
-def has_integer_kernel(scheme: Scheme) -> bool:
-    """Whether the scheme's products are int8 codes times int8 codes with one scale per row of each."""
-    weight, activation = scheme.weight, scheme.activation
-    return (
-        activation is not None
-        and weight.storage == torch.int8
-        and weight.symmetric
-        and weight.granularity in ("channel", "tensor")
-        and activation.dtype in ("int8", "uint8")
-        and (activation.granularity == ("token" if activation.dynamic else "tensor"))
-        and (activation.dtype == "int8" or not activation.dynamic)
-    )
-
-
-def has_weight_only_kernel(scheme: Scheme) -> bool:
-    """Whether W has scales by rows or groups, and the input is float, or codes with one scale per token or in all."""
-    weight, activation = scheme.weight, scheme.activation
-    return weight.granularity in ("channel", "group") and (
-        activation is None or activation.granularity == ("token" if activation.dynamic else "tensor")
-    )
-
-
-class QLinear(nn.Module):
+class QLinear(QuantizedLinearState):
     """A linear layer with quantized weights, y = x Wᵀ + b, called as `torch.nn.Linear` is.
 
     in_features, out_features, bias, device, dtype: as in `torch.nn.Linear`; dtype is that of the bias. scheme: a
@@ -79,60 +57,6 @@ class QLinear(nn.Module):
     (codes (*, in) int8, scale (*, 1) float32) from a layer that has quantized already.
     """
 
-    __constants__ = ("in_features", "out_features")
-    in_features: int
-    out_features: int
-    weight: Tensor
-    weight_scale: Tensor
-    weight_zero_point: Tensor | None
-    input_scale: Tensor | None
-    input_zero_point: Tensor | None
-    migration_scale: Tensor | None
-    bias: Tensor | None
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        scheme: str | Scheme = "w8a8",
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.scheme = get_scheme(scheme)
-        self._dtype = dtype or torch.get_default_dtype()
-        self._is_integer = has_integer_kernel(self.scheme)
-        self._is_weight_only = not self._is_integer and has_weight_only_kernel(self.scheme)
-        self._make_buffers(bias, torch.device(device) if device is not None else torch.get_default_device())
-        self.reset_parameters()
-
-    def _make_buffers(self, bias: bool, device: torch.device) -> None:
-        weight, activation = self.scheme.weight, self.scheme.activation
-        shape = (self.out_features, self.in_features)
-        scales = weight.scale_shape(shape)
-        self.register_buffer("weight", torch.zeros(shape, dtype=weight.storage, device=device))
-        self.register_buffer("weight_scale", torch.ones(scales, device=device, dtype=torch.float32))
-        bias_made = torch.zeros(self.out_features, dtype=self._dtype, device=device) if bias else None
-        for name, buffer in (("bias", bias_made), *((name, None) for name in _OPTIONAL)):
-            self.register_buffer(name, buffer)
-        if not weight.symmetric:
-            self.weight_zero_point = torch.zeros(scales, dtype=weight.storage, device=device)
-        if activation is not None and not activation.dynamic:
-            self.input_scale = torch.ones(1, dtype=torch.float32, device=device)
-            if not activation.symmetric:
-                self.input_zero_point = torch.zeros(1, dtype=activation.storage, device=device)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        buffers = self.__dict__.get("_buffers", {})
-        if name in buffers:
-            # torch.export finds a module's buffers by position, and counts those that are None: they stand last.
-            for empty in [other for other, buffer in buffers.items() if buffer is None]:
-                buffers[empty] = buffers.pop(empty)
-
     @classmethod
     def from_quantized(
         cls,
@@ -143,11 +67,11 @@ class QLinear(nn.Module):
         migration_scale: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """The layer that holds these codes; nothing is rounded again.
+        """The layer that holds these codes, without rounding again.
 
-        quantized: codes (out, in) in the scheme's weight format. bias: (out,) or None. migration_scale: (in,), what
-        the input is to be divided by; the codes already hold W · diag(s). dtype: the bias's, by default as it is.
-        Raises SchemeError where the codes' format is not the scheme's.
+        quantized: codes (out, in) in the scheme's weight format. bias: (out,) or None. migration_scale: s (in,), the
+        divisor of the input; the codes already hold W · diag(s). dtype: of the bias, by default the one it has. Raises
+        SchemeError if the codes have another format than the scheme.
         """
         scheme = get_scheme(scheme)
         if quantized.format != scheme.weight:
@@ -160,7 +84,7 @@ class QLinear(nn.Module):
         return layer._fill(quantized, bias, migration_scale)
 
     def _fill(self, quantized: QuantizedTensor, bias: Tensor | None, migration_scale: Tensor | None) -> Self:
-        """Take codes, bias and migration scale; static input scales, which nothing here tells, become 1."""
+        """Set codes, bias and migration scale; static input scales, which are unknown here, become 1."""
         device = quantized.codes.device
         self.to_empty(device=device)
         self.weight, self.weight_scale = quantized.codes, quantized.scale.float()
@@ -185,9 +109,9 @@ class QLinear(nn.Module):
     ) -> Self:
         """Round a float layer's weight to nearest.
 
-        stats: of the layer's input before the division by migration_scale; needed where activations are static.
+        stats: of the layer's input before division by migration_scale; required for static activations.
         migration_scale: s (in,); the weight is multiplied by it, the input divided. Raises NumericsError on NaN or
-        infinity, SchemeError where the scheme does not fit the shape or its activations are static without stats.
+        infinity, SchemeError if the scheme does not fit the shape or has static activations and stats is None.
         """
         scheme = get_scheme(scheme)
         weight = linear.weight.detach()
@@ -203,7 +127,7 @@ class QLinear(nn.Module):
         return layer.train(linear.training)
 
     def set_input_range(self, low: Tensor, high: Tensor) -> None:
-        """Choose the static input scale and zero point for inputs between two scalars (after migration)."""
+        """Set the static input scale and zero point for inputs, after migration, from `low` to `high` (scalars)."""
         activation = self.scheme.activation
         if activation is None or activation.dynamic:
             raise SchemeError(f"scheme {self.scheme.name!r} has no static activations to give a range to")
@@ -211,43 +135,10 @@ class QLinear(nn.Module):
         self.input_scale, zero_point = qparams_from_range(low, high, activation)
         self.input_zero_point = None if zero_point is None else zero_point.to(activation.storage)
 
-    def reset_parameters(self) -> None:
-        """Draw weights and bias as `torch.nn.Linear` does, U(±1/√in), and quantize them."""
-        if self.weight.is_meta:
-            return
-        linear = nn.Linear(
-            self.in_features, self.out_features, self.bias is not None, self.device, torch.float32
-        )
-        quantized = quantize_tensor(linear.weight.detach(), self.scheme.weight)
-        self.weight.copy_(quantized.codes)
-        self.weight_scale.copy_(quantized.scale)
-        if self.weight_zero_point is not None and quantized.zero_point is not None:
-            self.weight_zero_point.copy_(quantized.zero_point)
-        if self.bias is not None:
-            self.bias.copy_(linear.bias.detach())
-
-    @property
-    def device(self) -> torch.device:
-        """Where the codes are."""
-        return self.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The float dtype the layer was made for, or last moved to: that of its bias."""
-        return self._dtype if self.bias is None else self.bias.dtype
-
-    def dequantize(self) -> Tensor:
-        """W (out, in), float32: what the codes stand for, the migration scale divided out again."""
-        weight = self._migrated_weight()
-        return weight if self.migration_scale is None else weight / self.migration_scale
-
-    def _migrated_weight(self) -> Tensor:
-        return dequantize(self.weight, self.weight_scale, self.weight_zero_point, self.scheme.weight)
-
     def forward(self, input: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         """input (*, in), or (codes (*, in), scale (*, 1)) → y (*, out).
 
-        The gradient of the input is the float layer's, straight through the rounding; the layer itself has none.
+        The input's gradient is that of the float layer (straight-through). The layer has no parameters.
         """
         if isinstance(input, tuple):
             return self._forward_codes(*input)
@@ -270,7 +161,7 @@ class QLinear(nn.Module):
         return ops.weight_only_linear(x, *weight, migration_scale, bias, self.scheme.weight.bits)
 
     def _forward_codes_weight_only(self, x: Tensor, activation: TensorFormat) -> Tensor:
-        """The product with the input's codes as numbers; then their scale, and the bias."""
+        """Multiply the input's codes, as floats, with the weight; then apply their scale and the bias."""
         migrated = x.float() if self.migration_scale is None else x.float() / self.migration_scale
         scale, zero_point = self.input_scale, self.input_zero_point
         if scale is None:
@@ -278,7 +169,7 @@ class QLinear(nn.Module):
         codes = quantize(migrated, scale, zero_point, activation).float()
         if zero_point is not None:
             codes -= zero_point.float()
-        # bfloat16 holds the difference of two bytes exactly, and torch's 4-bit product takes nothing else.
+        # bfloat16 holds the difference of two bytes exactly, and torch's 4-bit product takes no other dtype.
         half = x.dtype == torch.bfloat16 and self.scheme.weight.bits == 4
         y = self._weight_only(codes.bfloat16() if half else codes, None, None).float() * scale
         return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
@@ -291,7 +182,7 @@ class QLinear(nn.Module):
         return ops.dynamic_linear(*layer, self.scheme.activation.symmetric)
 
     def _forward_codes(self, codes: Tensor, scale: Tensor) -> Tensor:
-        """The layer on codes that are already quantized, and already divided by any migration scale."""
+        """The layer on codes of an input that was already divided by the migration scale."""
         if not self._is_integer:
             raise SchemeError(
                 f"scheme {self.scheme.name!r} takes no codes as input; give it the float tensor"
@@ -307,7 +198,7 @@ class QLinear(nn.Module):
         )
 
     def forward_static(self, codes: Tensor) -> Tensor:
-        """The layer on codes (*, in) in its own static input scale and zero point, as `requantized` gives them."""
+        """The layer on codes (*, in) of its static input scale and zero point, as `requantized` returns them."""
         scale, zero_point = self._static_qparams()
         self._check_shape(codes)
         return ops.codes_linear(
@@ -315,10 +206,10 @@ class QLinear(nn.Module):
         )
 
     def requantized(self, x: Tensor, consumer: "QLinear") -> Tensor:
-        """The output as codes (*, out) for a layer that reads it: no float output in between.
+        """The output as codes (*, out) in the static input scale of `consumer`, without a float output.
 
-        x: float (*, in). Both layers need static activations; raises SchemeError where they have none, or where the
-        consumer divides its input by a migration scale, which codes of one scale cannot hold.
+        x: float (*, in). Raises SchemeError unless both layers have static int8 activations, or if the consumer divides
+        its input by a migration scale, which codes with one scale cannot represent.
         """
         self._check(x)
         scale, zero_point = self._static_qparams()
@@ -339,7 +230,7 @@ class QLinear(nn.Module):
         return self.input_scale, self.input_zero_point
 
     def _forward_plain(self, x: Tensor) -> Tensor:
-        """Dequantize and multiply: right for every scheme, and the only way for those without a kernel."""
+        """Dequantize and multiply: correct for every scheme, and used for schemes without a kernel."""
         activation = self.scheme.activation
         dtype = x.dtype if activation is None else torch.float32
         migrated = x if self.migration_scale is None else (x.float() / self.migration_scale)
@@ -355,7 +246,7 @@ class QLinear(nn.Module):
 
     def _check(self, x: Tensor) -> None:
         if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
-            return  # a trace records tensors, and warns of every question that Python asks about them
+            return  # torch.jit.trace warns of every Python condition on a tensor
         if not x.is_floating_point():
             raise QLinearError(
                 f"input must be a floating point tensor; got {x.dtype} (codes go in as a pair with their scale)"
@@ -372,48 +263,9 @@ class QLinear(nn.Module):
                 f"input and layer must be on one device; the input is on {x.device}, the layer on {self.device}"
             )
 
-    def extra_repr(self) -> str:
-        """What `torch.nn.Linear` prints, and the scheme."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, scheme={self.scheme.name}"
-        )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move everything, but change the dtype of the bias alone: codes and scales keep theirs."""
-        keep = {id(buffer) for name, buffer in self.named_buffers(recurse=False) if name != "bias"}
-        self._dtype = fn(torch.empty(0, dtype=self._dtype, device=self.device)).dtype
-
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if id(tensor) not in keep or moved.dtype == tensor.dtype:
-                return moved
-            return tensor.to(moved.device)
-
-        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, *rest: Any
-    ) -> None:
-        """Take optional buffers that the state holds, and refuse a weight that is not codes."""
-        errors: list[str] = rest[-1]
-        for name in _OPTIONAL:
-            given = state_dict.get(prefix + name)
-            if given is not None and getattr(self, name) is None:
-                setattr(self, name, torch.empty_like(given, device=self.device))
-        given = state_dict.get(prefix + "weight")
-        if given is not None and given.dtype != self.weight.dtype:
-            errors.append(
-                f"{prefix}weight must hold {self.weight.dtype} codes; got {given.dtype}: quantize it first "
-                "(QLinear.from_float)"
-            )
-            return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
-
 
 class _StraightThrough(torch.autograd.Function):
-    """A layer's kernel forward, the float layer that it stands for backward."""
+    """The layer's kernel in the forward pass, its float layer in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QLinear) -> Tensor:
@@ -430,7 +282,7 @@ class _StraightThrough(torch.autograd.Function):
 def _input_range(
     stats: ChannelStats | None, migration_scale: Tensor | None, scheme: Scheme
 ) -> tuple[Tensor, Tensor]:
-    """The least and greatest input after migration, over all channels."""
+    """The minimum and maximum of the input after migration, over all channels."""
     if stats is None:
         raise SchemeError(
             f"scheme {scheme.name!r} has static activations: stats of the layer's input are needed to scale them"

@@ -1,4 +1,4 @@
-"""`SmoothedLinear`: a float layer that divides its input by the smoothing vector which nothing before it could take."""
+"""`SmoothedLinear`: a float layer that divides its input by a smoothing vector, where no fold is possible."""
 
 from collections.abc import Callable
 from typing import Self
@@ -13,8 +13,8 @@ from ..ops.reference import migrate
 class SmoothedLinear(nn.Linear):
     """`torch.nn.Linear` on smoothed inputs, y = (x / s) (W · diag(s))ᵀ + b (Xiao et al. 2022, eq. 3).
 
-    Arguments are nn.Linear's. `weight` (out, in) is W · diag(s). Buffer: `migration_scale` (in,) float32 is s, which
-    stays float32 whatever dtype the layer is moved to. Input (*, in) → output (*, out), in the weight's dtype.
+    Arguments are nn.Linear's. `weight` (out, in) is W · diag(s). The buffer `migration_scale` (in,) is s; it stays
+    float32 when the layer is moved to another dtype. Input (*, in) → output (*, out), in the weight's dtype.
     """
 
     migration_scale: Tensor
@@ -32,13 +32,13 @@ class SmoothedLinear(nn.Linear):
 
     @classmethod
     def from_float(cls, linear: nn.Linear, migration_scale: Tensor) -> Self:
-        """The layer with this one's own parameters; its weight is W · diag(s) already, migration_scale is s (in,)."""
-        made = cls(
+        """The layer with the parameters of `linear`, whose weight is already W · diag(s). migration_scale: s (in,)."""
+        layer = cls(
             linear.in_features, linear.out_features, linear.bias is not None, "meta", linear.weight.dtype
         )
-        made.weight, made.bias = linear.weight, linear.bias
-        made.migration_scale = migration_scale.float()
-        return made.train(linear.training)
+        layer.weight, layer.bias = linear.weight, linear.bias
+        layer.migration_scale = migration_scale.float()
+        return layer.train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """input (*, in) → (*, out)."""

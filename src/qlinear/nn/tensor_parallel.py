@@ -1,13 +1,13 @@
 """Quantized layers merged, sliced, and split over ranks.
 
-A layer is sliced as its codes are: rows of W are outputs, columns are inputs. What belongs to a row (its scales, zero
-points, bias) goes with it; what belongs to a column (its groups' scales, its migration scale) likewise; what belongs
-to all is copied. Merging is the reverse, for layers that read one tensor.
+A slice of a layer is a slice of its codes: rows of W are outputs, columns are inputs. Values per row (scales, zero
+points, bias) are sliced with the rows, values per column (groups' scales, migration scale) with the columns, and values
+per tensor are copied. Merging is the reverse, for layers that read one tensor.
 
     column parallel   every rank has some outputs     x whole          y is a slice
     row parallel      every rank has some inputs      x is a slice     y is summed over ranks, then the bias added
 
-In a row-parallel layer a token's scale is taken over all ranks, so its codes are those of the undivided layer.
+In a row-parallel layer a token's scale is computed over all ranks, so its codes equal those of the undivided layer.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,9 +30,9 @@ _PER_TENSOR = ("input_scale", "input_zero_point")
 
 
 def slice_outputs(layer: QLinear, start: int, stop: int) -> QLinear:
-    """The layer that gives outputs `start` to `stop` of this one.
+    """The layer that computes outputs `start` to `stop` of `layer`.
 
-    Raises SchemeError where the bounds cut a block of rows that share a scale.
+    Raises SchemeError if the bounds cut a block of rows that share a scale.
     """
     step = layer.scheme.weight.tile(layer.weight.shape)[0] if layer.scheme.weight.block_size else 1
     _require_whole(start, stop, layer.out_features, step, "out_features")
@@ -42,13 +42,13 @@ def slice_outputs(layer: QLinear, start: int, stop: int) -> QLinear:
             return tensor
         return tensor[start // step : -(-stop // step)]
 
-    return _rebuilt(layer, layer.weight[start:stop], rows, lambda bias: bias[start:stop], lambda s: s)
+    return _with_buffers(layer, layer.weight[start:stop], rows, lambda bias: bias[start:stop], lambda s: s)
 
 
 def slice_inputs(layer: QLinear, start: int, stop: int) -> QLinear:
-    """The layer that takes inputs `start` to `stop` of this one, without bias: a summand of its output.
+    """The layer on inputs `start` to `stop` of `layer`, without bias; slices' outputs add up to the layer's.
 
-    Raises SchemeError where the bounds cut a group or block of columns that share a scale.
+    Raises SchemeError if the bounds cut a group or block of columns that share a scale.
     """
     fmt = layer.scheme.weight
     per_row = fmt.granularity in ("channel", "token", "tensor")
@@ -58,7 +58,7 @@ def slice_inputs(layer: QLinear, start: int, stop: int) -> QLinear:
     def columns(tensor: Tensor) -> Tensor:
         return tensor if per_row else tensor[:, start // step : -(-stop // step)]
 
-    return _rebuilt(layer, layer.weight[:, start:stop], columns, lambda _: None, lambda s: s[start:stop])
+    return _with_buffers(layer, layer.weight[:, start:stop], columns, lambda _: None, lambda s: s[start:stop])
 
 
 def _require_whole(start: int, stop: int, size: int, step: int, name: str) -> None:
@@ -69,29 +69,29 @@ def _require_whole(start: int, stop: int, size: int, step: int, name: str) -> No
         )
 
 
-def _rebuilt(
+def _with_buffers(
     layer: QLinear,
     weight: Tensor,
     scales: Callable[[Tensor], Tensor],
     bias: Callable[[Tensor], Tensor | None],
     migration: Callable[[Tensor], Tensor],
 ) -> QLinear:
-    """A layer of these codes, with each of the other buffers as its function makes it."""
-    made = QLinear(weight.shape[1], weight.shape[0], False, "meta", layer.dtype, scheme=layer.scheme)
-    made.weight = weight.contiguous()
-    made.weight_scale = scales(layer.weight_scale).contiguous()
+    """A layer with the codes `weight`, and each other buffer of `layer` mapped by its function."""
+    layer_part = QLinear(weight.shape[1], weight.shape[0], False, "meta", layer.dtype, scheme=layer.scheme)
+    layer_part.weight = weight.contiguous()
+    layer_part.weight_scale = scales(layer.weight_scale).contiguous()
     if layer.weight_zero_point is not None:
-        made.weight_zero_point = scales(layer.weight_zero_point).contiguous()
+        layer_part.weight_zero_point = scales(layer.weight_zero_point).contiguous()
     if layer.migration_scale is not None:
-        made.migration_scale = migration(layer.migration_scale).contiguous()
+        layer_part.migration_scale = migration(layer.migration_scale).contiguous()
     for name in _PER_TENSOR:
-        setattr(made, name, getattr(layer, name))
-    made.bias = None if layer.bias is None else bias(layer.bias)
-    return made.train(layer.training)
+        setattr(layer_part, name, getattr(layer, name))
+    layer_part.bias = None if layer.bias is None else bias(layer.bias)
+    return layer_part.train(layer.training)
 
 
 def merge(layers: Sequence[QLinear]) -> QLinear:
-    """One layer whose outputs are those of `layers` side by side, as engines merge q/k/v and gate/up.
+    """One layer whose output concatenates those of `layers`, as engines merge q/k/v and gate/up.
 
     Raises SchemeError unless the layers have one scheme, one width, one migration scale and one static input scale,
     and a scale per row, group or block that can be stacked.
@@ -99,19 +99,19 @@ def merge(layers: Sequence[QLinear]) -> QLinear:
     first, *others = layers
     for other in others:
         _require_mergeable(first, other)
-    made = _rebuilt(
+    merged = _with_buffers(
         first, torch.cat([layer.weight for layer in layers]), lambda s: s, lambda b: b, lambda s: s
     )
-    made.weight_scale = torch.cat([layer.weight_scale for layer in layers])
+    merged.weight_scale = torch.cat([layer.weight_scale for layer in layers])
     if first.weight_zero_point is not None:
-        made.weight_zero_point = torch.cat([_present(layer.weight_zero_point) for layer in layers])
+        merged.weight_zero_point = torch.cat([_required(layer.weight_zero_point) for layer in layers])
     if any(layer.bias is not None for layer in layers):
-        made.bias = torch.cat([_bias(layer) for layer in layers])
-    return made
+        merged.bias = torch.cat([_bias(layer) for layer in layers])
+    return merged
 
 
-def _present(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None  # layers of one scheme have one set of buffers
+def _required(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None  # layers of one scheme have the same buffers
     return tensor
 
 
@@ -131,8 +131,10 @@ def _require_mergeable(first: QLinear, other: QLinear) -> None:
     if fmt.granularity == "tensor" or (fmt.block_size and first.out_features % fmt.block_size[0]):
         raise SchemeError(f"weights with scales per {fmt.granularity} cannot be stacked row by row")
     for name in ("migration_scale", *_PER_TENSOR):
-        mine, theirs = getattr(first, name), getattr(other, name)
-        if (mine is None) != (theirs is None) or (mine is not None and not torch.equal(mine, theirs)):
+        first_value, other_value = getattr(first, name), getattr(other, name)
+        if (first_value is None) != (other_value is None) or (
+            first_value is not None and not torch.equal(first_value, other_value)
+        ):
             raise SchemeError(
                 f"merged layers read one tensor, so their {name} must be equal: quantize them as a group"
             )
@@ -141,55 +143,55 @@ def _require_mergeable(first: QLinear, other: QLinear) -> None:
 def merge_qkv(
     q: QLinear, k: QLinear, v: QLinear, *, num_heads: int, num_kv_heads: int, rank: int = 0, ranks: int = 1
 ) -> QLinear:
-    """The q, k and v of one rank, merged. With fewer kv heads than ranks, neighbouring ranks hold the same kv head.
+    """The merged q, k and v of one rank. With fewer kv heads than ranks, neighbouring ranks hold the same kv head.
 
     Rank r has heads [r · num_heads / ranks, ...) of q; of k and v likewise, or head r // (ranks / num_kv_heads).
-    Raises SchemeError where heads do not divide over ranks.
+    Raises SchemeError if the heads cannot be divided over the ranks.
     """
     if num_heads % ranks or (num_kv_heads % ranks and ranks % num_kv_heads):
         raise SchemeError(f"{num_heads} heads and {num_kv_heads} kv heads do not divide over {ranks} ranks")
     shards, copies = min(ranks, num_kv_heads), max(1, ranks // num_kv_heads)
-    kv = [_share(layer, rank // copies, shards) for layer in (k, v)]
-    return merge([_share(q, rank, ranks), *kv])
+    kv = [_shard(layer, rank // copies, shards) for layer in (k, v)]
+    return merge([_shard(q, rank, ranks), *kv])
 
 
-def _share(layer: QLinear, index: int, count: int) -> QLinear:
+def _shard(layer: QLinear, index: int, count: int) -> QLinear:
     size = layer.out_features // count
     return slice_outputs(layer, index * size, (index + 1) * size)
 
 
 class _RowParallelQLinear(QLinear):
-    """A `QLinear` that holds some of the inputs; its output is the sum over the ranks of `_group`."""
+    """A `QLinear` on a slice of the inputs; its output is summed over the ranks of `_group`."""
 
     _group: dist.ProcessGroup
 
     def forward(self, input: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         """input (*, in / ranks) → y (*, out), whole on every rank."""
         if isinstance(input, tuple):
-            y, dtype = self._summand(*input), self.dtype
+            y, dtype = self._codes_product(*input), self.dtype
         else:
             self._check(input)
-            y, dtype = self._own_part(input), input.dtype
+            y, dtype = self._partial_output(input), input.dtype
         dist.all_reduce(y, group=self._group)
         return (y if self.bias is None else y + self.bias).to(dtype)
 
-    def _own_part(self, x: Tensor) -> Tensor:
+    def _partial_output(self, x: Tensor) -> Tensor:
         activation, migrated = self.scheme.activation, migrate(x, self.migration_scale)
         if activation is None:
             return migrated @ self._migrated_weight().t()
-        scale, zero_point = self._shared_qparams(migrated, activation)
+        scale, zero_point = self._qparams_over_ranks(migrated, activation)
         codes = quantize(migrated, scale, zero_point, activation)
         if self._is_integer:
-            return self._summand(codes, scale, zero_point)
+            return self._codes_product(codes, scale, zero_point)
         return dequantize(codes, scale, zero_point, activation) @ self._migrated_weight().t()
 
-    def _summand(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+    def _codes_product(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
         zero_point = None if zero_point is None else zero_point.to(codes.dtype)
         layer = (self.weight, self.weight_scale, None, None)
         return ops.codes_linear(codes, scale, zero_point, *layer, torch.float32)
 
-    def _shared_qparams(self, x: Tensor, activation: TensorFormat) -> tuple[Tensor, Tensor | None]:
-        """The scale and zero point of x that the undivided layer would have chosen."""
+    def _qparams_over_ranks(self, x: Tensor, activation: TensorFormat) -> tuple[Tensor, Tensor | None]:
+        """The scale and zero point that the undivided layer would choose for x."""
         if self.input_scale is not None:
             return self.input_scale, self.input_zero_point
         columns = activation.tile(x.shape)[1]
@@ -201,10 +203,9 @@ class _RowParallelQLinear(QLinear):
 
 
 class ColwiseQLinear(ParallelStyle):
-    """Every rank computes some of a `QLinear`'s outputs, for `parallelize_module`.
+    """Style for `parallelize_module`: every rank computes a slice of a `QLinear`'s outputs from the whole input.
 
-    gather_output: give the whole output on every rank; otherwise its slice, for a row-parallel layer to read. The
-    input is the same on every rank.
+    gather_output: return the whole output on every rank; otherwise the slice, for a row-parallel layer.
     """
 
     def __init__(self, *, gather_output: bool = False) -> None:
@@ -212,34 +213,34 @@ class ColwiseQLinear(ParallelStyle):
         self.gather_output = gather_output
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        layer, rank, ranks = _divided(module, device_mesh, "out_features")
-        _become(layer, _share(layer, rank, ranks))
-        layer.register_forward_pre_hook(_local_input(device_mesh, Replicate()))
+        layer, rank, ranks = _checked_layer(module, device_mesh, "out_features")
+        _assume_buffers(layer, _shard(layer, rank, ranks))
+        layer.register_forward_pre_hook(_localize_input(device_mesh, Replicate()))
         if self.gather_output:
-            layer.register_forward_hook(lambda _, args, y: _gathered(y, device_mesh))
+            layer.register_forward_hook(lambda _, args, y: _gather_output(y, device_mesh))
         return layer
 
 
 class RowwiseQLinear(ParallelStyle):
-    """Every rank takes some of a `QLinear`'s inputs, and all get the whole output, for `parallelize_module`.
+    """Style for `parallelize_module`: every rank takes a slice of a `QLinear`'s inputs, and gets the whole output.
 
-    The input is a rank's slice of the last dimension, as a column-parallel layer gives it.
+    The input is the rank's slice of the last dimension, as a column-parallel layer returns it.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        layer, rank, ranks = _divided(module, device_mesh, "in_features")
+        layer, rank, ranks = _checked_layer(module, device_mesh, "in_features")
         size, bias = layer.in_features // ranks, layer.bias
-        _become(layer, slice_inputs(layer, rank * size, (rank + 1) * size))
+        _assume_buffers(layer, slice_inputs(layer, rank * size, (rank + 1) * size))
         layer.bias = bias
-        # parallelize_module keeps the module it was given, so the module changes its class, as fully_shard's do.
+        # parallelize_module keeps the module object, so the object changes its class, as with fully_shard.
         layer.__class__ = _RowParallelQLinear
         layer._group = device_mesh.get_group()
-        layer.register_forward_pre_hook(_local_input(device_mesh, Shard(-1)))
+        layer.register_forward_pre_hook(_localize_input(device_mesh, Shard(-1)))
         return layer
 
 
-def _divided(module: nn.Module, mesh: DeviceMesh, side: str) -> tuple[QLinear, int, int]:
-    """The layer, this rank and how many there are."""
+def _checked_layer(module: nn.Module, mesh: DeviceMesh, side: str) -> tuple[QLinear, int, int]:
+    """The layer, this rank, and the number of ranks. Raises SchemeError if `side` does not divide over them."""
     if not isinstance(module, QLinear):
         raise SchemeError(f"this style divides a QLinear; got a {type(module).__name__}")
     rank, ranks = mesh.get_local_rank(), mesh.size()
@@ -248,15 +249,17 @@ def _divided(module: nn.Module, mesh: DeviceMesh, side: str) -> tuple[QLinear, i
     return module, rank, ranks
 
 
-def _become(layer: QLinear, part: QLinear) -> None:
-    """Make `layer` the part, keeping the module object."""
+def _assume_buffers(layer: QLinear, part: QLinear) -> None:
+    """Give `layer` the sizes and buffers of `part`, keeping the module object."""
     layer.in_features, layer.out_features = part.in_features, part.out_features
     for name in dict(layer._buffers):
         setattr(layer, name, getattr(part, name))
 
 
-def _local_input(mesh: DeviceMesh, placement: Placement) -> Callable[[nn.Module, tuple[object, ...]], object]:
-    """A pre-hook that turns a distributed input into this rank's part of it; plain tensors are that already."""
+def _localize_input(
+    mesh: DeviceMesh, placement: Placement
+) -> Callable[[nn.Module, tuple[object, ...]], object]:
+    """A pre-hook that converts a distributed input to this rank's part; a plain tensor is that part already."""
 
     def localize(module: nn.Module, args: tuple[object, ...]) -> object:
         x = args[0]
@@ -265,7 +268,7 @@ def _local_input(mesh: DeviceMesh, placement: Placement) -> Callable[[nn.Module,
     return localize
 
 
-def _gathered(y: Tensor, mesh: DeviceMesh) -> Tensor:
+def _gather_output(y: Tensor, mesh: DeviceMesh) -> Tensor:
     parts = [torch.empty_like(y) for _ in range(mesh.size())]
     dist.all_gather(parts, y.contiguous(), group=mesh.get_group())
     return torch.cat(parts, -1)

@@ -1,8 +1,8 @@
-"""The operators of the quantized linear layer: one schema each, a kernel per device, chosen by the dispatcher.
+"""The operators of the quantized linear layer: one schema each, with a kernel per device that the dispatcher chooses.
 
-Any device has the reference; CPUs have oneDNN, and as CUDA devices torch's 4-bit product. The schemas and fakes below
-are what torch.compile, torch.export and torch.jit.trace see, so a whole layer is one node in their graphs. `reference`
-says what the arguments are.
+Every device has the reference. CPUs have oneDNN's int8 product, and CPUs and CUDA devices have torch's 4-bit product.
+torch.compile, torch.export and torch.jit.trace see the schemas and fake kernels below, so a whole layer is one node in
+their graphs. `reference` documents the arguments.
 """
 
 from collections.abc import Callable
@@ -11,9 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu_int8 as cpu
-from . import fused_quantize as producers
-from . import reference, weight_only
+from . import cpu_int8, fused_quantize, reference, weight_only
 from .reference import quantize_static
 
 _LIBRARY = torch.library.Library("qlinear", "DEF")  # type: ignore[no-untyped-call]
@@ -37,7 +35,7 @@ def _codes_and_scale(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def _register(schema: str, cpu_kernel: Callable[..., Any], any_kernel: Callable[..., Any], fake: Any) -> Any:
-    """Define an operator with its kernels and the shape of its result; returns what calls it."""
+    """Define an operator with its kernels and the shape of its result; returns the callable."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
     _LIBRARY.impl(name, cpu_kernel, "CPU")  # type: ignore[no-untyped-call]
@@ -49,14 +47,14 @@ def _register(schema: str, cpu_kernel: Callable[..., Any], any_kernel: Callable[
 dynamic_linear: Callable[..., Tensor] = _register(
     "dynamic_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? migration_scale, Tensor? bias, "
     "bool symmetric) -> Tensor",
-    cpu.dynamic_linear,
+    cpu_int8.dynamic_linear,
     reference.dynamic_linear,
     _like_input,
 )
 static_linear: Callable[..., Tensor] = _register(
     "static_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? migration_scale, Tensor? bias, "
     "Tensor input_scale, Tensor? input_zero_point) -> Tensor",
-    cpu.static_linear,
+    cpu_int8.static_linear,
     reference.static_linear,
     _like_input,
 )
@@ -66,13 +64,13 @@ _CODES = (
 )
 codes_linear: Callable[..., Tensor] = _register(
     f"codes_linear{_CODES}ScalarType dtype) -> Tensor",
-    cpu.codes_linear,
+    cpu_int8.codes_linear,
     reference.codes_linear,
     _of_dtype,
 )
 requantized_linear: Callable[..., Tensor] = _register(
     f"requantized_linear{_CODES}Tensor out_scale, Tensor out_zero_point) -> Tensor",
-    cpu.requantized_linear,
+    cpu_int8.requantized_linear,
     reference.requantized_linear,
     _like_codes,
 )
@@ -86,35 +84,35 @@ weight_only_linear: Callable[..., Tensor] = _register(
 _Pair = tuple[Tensor, Tensor]
 quantize_tokens: Callable[..., _Pair] = _register(
     "quantize_tokens(Tensor x, Tensor? migration_scale) -> (Tensor, Tensor)",
-    producers.quantize_tokens,
-    producers.quantize_tokens,
+    fused_quantize.quantize_tokens,
+    fused_quantize.quantize_tokens,
     _codes_and_scale,
 )
 rms_norm_quantize: Callable[..., _Pair] = _register(
     "rms_norm_quantize(Tensor x, Tensor weight, float eps, Tensor? migration_scale) -> (Tensor, Tensor)",
-    producers.rms_norm_quantize,
-    producers.rms_norm_quantize,
+    fused_quantize.rms_norm_quantize,
+    fused_quantize.rms_norm_quantize,
     _codes_and_scale,
 )
 layer_norm_quantize: Callable[..., _Pair] = _register(
     "layer_norm_quantize(Tensor x, Tensor weight, Tensor? bias, float eps, Tensor? migration_scale) "
     "-> (Tensor, Tensor)",
-    producers.layer_norm_quantize,
-    producers.layer_norm_quantize,
+    fused_quantize.layer_norm_quantize,
+    fused_quantize.layer_norm_quantize,
     _codes_and_scale,
 )
 silu_mul_quantize: Callable[..., _Pair] = _register(
     "silu_mul_quantize(Tensor gate, Tensor up, Tensor? migration_scale) -> (Tensor, Tensor)",
-    producers.silu_mul_quantize,
-    producers.silu_mul_quantize,
+    fused_quantize.silu_mul_quantize,
+    fused_quantize.silu_mul_quantize,
     _codes_and_scale,
 )
 
 
 def prepack(weight: Tensor) -> None:
-    """Do the layout work for weight codes (out, in) int8 now; it is remembered while the tensor lives unchanged."""
+    """Pack weight codes (out, in) int8 now; the packed layout is cached while the tensor exists unchanged."""
     if weight.device.type == "cpu":
-        cpu.prepack(weight)
+        cpu_int8.prepack(weight)
 
 
 __all__ = [

@@ -1,8 +1,8 @@
-"""What stands before a quantized layer, ending in codes: a norm, a gated product, or nothing but the rounding.
+"""Operators that end in per-token quantization: a norm, a gated product, or the quantization alone.
 
-Each is one operator that returns int8 codes and a scale per token, so that no float tensor of the input's size is
-written and read again. On CPUs it runs over as many rows as stay in cache. The factor 1/rms of an RMS norm is one
-number per token: it never meets the codes, only their scale.
+Each returns int8 codes and a scale per token, so that no float tensor of the input's size is written and read again. On
+CPUs they run over as many rows as stay in cache. The factor 1/rms of an RMS norm is one number per token, so it is
+multiplied into the scale instead of the values.
 """
 
 from collections.abc import Callable
@@ -12,15 +12,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..formats.rounding import quantize, scale_from_absmax
-from .cpu_int8 import blocks_in_cache, rounded
+from .cpu_int8 import blocks_in_cache, round_to_int32
 from .reference import TOKEN_INT8, migrate
 
-# Rows of the inputs → float32 values to round, and what their scale is to be multiplied by, if anything.
+# Rows of the inputs → float32 values to round, and a factor for their scale (or None).
 _Values = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 def _quantized(values: _Values, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 codes (*, n) and float32 scale (*, 1) of what `values` makes of inputs (*, n)."""
+    """int8 codes (*, n) and float32 scale (*, 1) of `values(*inputs)`, inputs (*, n)."""
     first = inputs[0]
     codes = torch.empty_like(first, dtype=torch.int8, memory_format=torch.contiguous_format)
     scale = first.new_empty(*first.shape[:-1], 1, dtype=torch.float32)
@@ -28,7 +28,7 @@ def _quantized(values: _Values, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         y, factor = values(*rows)
         step = scale_from_absmax(y.abs().amax(-1, keepdim=True), TOKEN_INT8)
         if y.is_cpu:
-            row_codes.copy_(rounded(y.div_(step), 0))
+            row_codes.copy_(round_to_int32(y.div_(step), 0))
         else:
             row_codes.copy_(quantize(y, step, None, TOKEN_INT8))
         row_scale.copy_(step if factor is None else step.mul_(factor))
@@ -37,11 +37,11 @@ def _quantized(values: _Values, *inputs: Tensor) -> tuple[Tensor, Tensor]:
 
 def quantize_tokens(x: Tensor, migration_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """Codes and scales of x / migration_scale."""
-    return _quantized(lambda rows: (_fresh(migrate(rows, migration_scale), rows), None), x)
+    return _quantized(lambda rows: (_without_alias(migrate(rows, migration_scale), rows), None), x)
 
 
-def _fresh(values: Tensor, source: Tensor) -> Tensor:
-    """`values`, copied where they are the caller's own tensor and must not be overwritten."""
+def _without_alias(values: Tensor, source: Tensor) -> Tensor:
+    """`values`, copied if they are the caller's tensor `source`, which must not be overwritten."""
     return values.clone() if values is source else values
 
 
@@ -68,7 +68,7 @@ def layer_norm_quantize(
 
 
 def silu_mul_quantize(gate: Tensor, up: Tensor, migration_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Codes and scales of silu(gate) * up / migration_scale: a gated feed-forward block before its last layer."""
+    """Codes and scales of silu(gate) * up / migration_scale: the input of a gated feed-forward block's last layer."""
 
     def values(gates: Tensor, ups: Tensor) -> tuple[Tensor, None]:
         y = F.silu(gates.float()).mul_(ups)

@@ -1,7 +1,7 @@
-"""What a kernel derives from tensors (a packed layout), remembered for as long as they live unchanged.
+"""A cache for values that kernels derive from tensors, such as packed weights.
 
-It is no part of a module's state: nothing of it is saved or copied, and a tensor that was written to, moved or replaced
-has it made again. An entry goes when one of its tensors does.
+A value is kept while its tensors exist unchanged. It is computed again after one of them is written to, moved or
+replaced, and dropped when one of them is deleted. It is not part of a module's state: it is neither saved nor copied.
 """
 
 import weakref
@@ -16,11 +16,11 @@ T = TypeVar("T")
 class _Entry(NamedTuple):
     owners: tuple[weakref.ref[Tensor], ...]
     state: tuple[tuple[int, int], ...]
-    made: object
+    value: object
 
 
-class Memory:
-    """Values by the identity of the tensors that they were made from."""
+class PackCache:
+    """Values keyed by the identity of the tensors they were computed from."""
 
     def __init__(self) -> None:
         self._entries: dict[tuple[int, ...], _Entry] = {}
@@ -28,19 +28,19 @@ class Memory:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def get(self, make: Callable[[], T], *tensors: Tensor) -> T:
-        """`make()`, called again only after one of the tensors changed."""
+    def get(self, compute: Callable[[], T], *tensors: Tensor) -> T:
+        """`compute()`, called again only after one of the tensors changed."""
         key, state = tuple(map(id, tensors)), tuple(map(_state, tensors))
         entry = self._entries.get(key)
         if entry is None or entry.state != state or not _is_of(entry, tensors):
             owners = tuple(weakref.ref(tensor, lambda _: self._entries.pop(key, None)) for tensor in tensors)
-            entry = self._entries[key] = _Entry(owners, state, make())
-        return entry.made  # type: ignore[return-value]
+            entry = self._entries[key] = _Entry(owners, state, compute())
+        return entry.value  # type: ignore[return-value]
 
 
 def _state(tensor: Tensor) -> tuple[int, int]:
-    """What writing to a tensor, or moving it, changes."""
-    # Inference tensors count no versions: those that were packed must not be written to.
+    """A value that changes when the tensor is written to or moved."""
+    # Inference tensors have no version counter: a packed one must not be written to.
     return -1 if tensor.is_inference() else tensor._version, tensor.data_ptr()
 
 

@@ -1,13 +1,13 @@
 """The quantized linear layer in plain torch: the definition that every other kernel is tested against.
 
-Where codes meet codes the order of the float operations is part of the definition, because kernels have to be equal to
+For products of codes with codes, the order of float operations is part of the definition, because kernels must equal
 it bit for bit:
 
     acc = Σ_k (xq - x_zp) * wq                       int32, exact
     y   = ((float32(acc) * weight_scale) * x_scale) + bias      float32, then one cast to the output dtype
 
-The integer product goes through float32 matrix products, which every device has. They are exact as long as
-no partial sum passes 2²⁴, so `in` is cut into slices that cannot get there: 1024 for int8 codes, 512 for uint8.
+The integer product is computed by float32 matrix products, which every device has. They are exact while no partial sum
+exceeds 2²⁴, so `in` is cut into slices whose sums cannot: 1024 for int8 codes, 512 for uint8.
 """
 
 import math
@@ -46,7 +46,8 @@ def quantize_tokens(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """int8 codes (*, in), scale (*, 1) float32 and zero point (*, 1) of each token of x (*, in).
 
-    NaN or infinity in a token becomes its scale, so that no output of this token is finite; others are untouched.
+    NaN or infinity in a token makes its scale NaN or infinite, so no output of that token is finite. Other tokens do
+    not change.
     """
     x = migrate(x, migration_scale)
     fmt = TOKEN_INT8 if symmetric else TOKEN_INT8_ASYMMETRIC
@@ -145,7 +146,7 @@ def static_linear(
 
 
 def dequantized(weight: Tensor, weight_scale: Tensor, weight_zero_point: Tensor | None) -> Tensor:
-    """(weight - zero point) * scale (out, in) in float32; a scale, and a zero point, of each row's equal parts."""
+    """(weight - zero point) * scale (out, in) in float32, a scale and zero point per part of a row (out, parts)."""
     values, parts = weight.float(), weight_scale.shape[-1]
     tiles = values.view(len(values), parts, values.shape[1] // parts)
     if weight_zero_point is not None:
@@ -163,10 +164,10 @@ def weight_only_linear(
     bias: Tensor | None,
     bits: int,
 ) -> Tensor:
-    """The layer on floats x (*, in), in their dtype: divided by any migration scale, times W.
+    """The layer on floats x (*, in), in their dtype: x / migration_scale times the dequantized weight.
 
-    weight: codes (out, in) of `bits` bits, in any storage dtype. weight_scale, weight_zero_point: (out, parts), one of
-    each of the equal parts of a row. bias: (out,).
+    weight: codes (out, in) of `bits` bits, in any storage dtype. weight_scale, weight_zero_point: (out, parts), for
+    equal parts of a row. bias: (out,).
     """
     migrated = x if migration_scale is None else migrate(x, migration_scale).to(x.dtype)
     matrix = dequantized(weight, weight_scale, weight_zero_point).to(x.dtype)

@@ -1,12 +1,12 @@
-"""Torch's own products of bfloat16 with 4-bit weights in groups, on a weight that is packed once.
+"""Torch's products of bfloat16 inputs with 4-bit weights in groups, on a weight that is packed once.
 
-Both kernels, the processor's and CUDA's, multiply by what unsigned fields and one pair per group stand for,
+Both kernels, for CPUs and for CUDA, take unsigned fields and a pair (scale, shift) per group, and multiply by
 
     w = (field - 8) · scale + shift        field = code + 8,   shift = -zero_point · scale
 
-summed in float32 and rounded to bfloat16. They differ in how fields are packed, which is opaque. `scale` and `shift`
-are bfloat16 there: those of a checkpoint in bfloat16 are so already. The kernels are torch's private business, so they
-are tried against the plain product before they are used.
+They sum in float32 and round to bfloat16. Their packed layouts differ and are opaque. `scale` and `shift` are bfloat16,
+as in a bfloat16 checkpoint. The kernels are private to torch, so they are compared with the plain product before they
+are used.
 """
 
 import functools
@@ -16,22 +16,22 @@ from torch import Tensor
 
 from ..formats.rounding import dequantize
 from ..formats.scheme import TensorFormat
-from .pack_cache import Memory
+from .pack_cache import PackCache
 
 GROUP_SIZES = (256, 128, 64, 32)
 # Each row of input costs the kernels as much as the one before; from here on it is cheaper to dequantize the weight.
-MOST_ROWS = 64
-# What `out` must be a multiple of.
+MAX_ROWS = 64
+# `out` must be a multiple of this.
 _OUTPUTS = {"cpu": 16, "cuda": 8}
 _CUDA_TILES = (8, 4, 2)  # of 16 input channels each
 
-_packed = Memory()
+_packed = PackCache()
 
 
 def fits(x: Tensor, weight: Tensor, weight_scale: Tensor) -> bool:
     """Whether the kernel of its device takes x (rows, in), codes (out, in) and scales (out, groups)."""
     out, width = weight.shape
-    if x.dtype != torch.bfloat16 or not 0 < len(x) <= MOST_ROWS or not weight.numel():
+    if x.dtype != torch.bfloat16 or not 0 < len(x) <= MAX_ROWS or not weight.numel():
         return False
     if group_size(weight, weight_scale) is None or x.device.type not in _OUTPUTS:
         return False
@@ -39,7 +39,7 @@ def fits(x: Tensor, weight: Tensor, weight_scale: Tensor) -> bool:
 
 
 def group_size(weight: Tensor, weight_scale: Tensor) -> int | None:
-    """The largest group the kernels know within which codes (out, in) share a scale (out, groups)."""
+    """The largest group size of the kernels that divides the groups of codes (out, in) with scales (out, groups)."""
     tile = weight.shape[1] // weight_scale.shape[1]
     return next((size for size in GROUP_SIZES if tile % size == 0), None)
 
@@ -47,7 +47,7 @@ def group_size(weight: Tensor, weight_scale: Tensor) -> int | None:
 def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, weight_zero_point: Tensor | None) -> Tensor:
     """x Wᵀ (rows, out) bfloat16, of x (rows, in) bfloat16 and codes (out, in) int8 that `fits`."""
     size = group_size(weight, weight_scale)
-    assert size is not None  # fits() said so
+    assert size is not None  # fits() was true
     grid = (weight_scale,) if weight_zero_point is None else (weight_scale, weight_zero_point)
     packed, pairs = _packed.get(lambda: (pack(weight), scale_and_shift(weight, *grid)), weight, *grid)
     return _product(x.contiguous(), packed, size, pairs)
@@ -63,20 +63,20 @@ def pack(weight: Tensor) -> Tensor:
 
 
 def pack_on_cuda(fields: Tensor) -> Tensor:
-    """Two fields to a byte, uint8 (out, in / 2), in CUDA's layout: int32, of which the last dimensions are opaque."""
+    """Two fields per byte, uint8 (out, in / 2), in CUDA's opaque int32 layout."""
     tiles = next(tiles for tiles in _CUDA_TILES if fields.shape[1] % (8 * tiles) == 0)
     packed: Tensor = torch.ops.aten._convert_weight_to_int4pack(fields, tiles)
     return packed
 
 
 def bytes_of(fields: Tensor) -> Tensor:
-    """Fields (out, in), 0 ... 15, two to a byte, the first in the upper half: uint8 (out, in / 2)."""
+    """Fields (out, in), 0 ... 15, packed two per byte with the first in the upper half: uint8 (out, in / 2)."""
     unsigned = fields.to(torch.uint8)
     return unsigned[:, ::2] << 4 | unsigned[:, 1::2]
 
 
 def scale_and_shift(weight: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
-    """(in / size, out, 2) bfloat16 from scales and zero points (out, groups), groups cut to a size that is known."""
+    """The pairs (in / size, out, 2) bfloat16 from scales and zero points (out, groups), for the kernels' group size."""
     size = group_size(weight, scale)
     assert size is not None
     shift = torch.zeros_like(scale) if zero_point is None else -zero_point.float() * scale
@@ -94,7 +94,7 @@ def _product(x: Tensor, packed: Tensor, size: int, pairs: Tensor) -> Tensor:
 
 @functools.cache
 def works(device: torch.device) -> bool:
-    """Whether the device's kernel multiplies by what its arguments stand for, tried on every code and zero point."""
+    """Whether the device's kernel computes the documented product, tested on every code and zero point."""
     fmt = TensorFormat("int4", "group", group_size=32, symmetric=False)
     codes = (torch.arange(32 * 64, device="cpu").view(32, 64) % 16 - 8).to(torch.int8)
     zero = (torch.arange(64, device="cpu").view(32, 2) % 16 - 8).to(torch.int8)
@@ -102,6 +102,6 @@ def works(device: torch.device) -> bool:
     x = torch.eye(64, dtype=torch.bfloat16, device="cpu")
     try:
         y = linear(x.to(device), codes.to(device), scale.to(device), zero.to(device))
-    except (AttributeError, NotImplementedError, RuntimeError):  # a build, or a device, without it
+    except (AttributeError, NotImplementedError, RuntimeError):  # this build or device lacks the kernel
         return False
     return torch.equal(y.float().cpu(), dequantize(codes, scale, zero, fmt).T)

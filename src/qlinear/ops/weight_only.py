@@ -1,8 +1,8 @@
-"""The layer on float inputs: W is dequantized on the way into the product.
+"""The layer on float inputs: the weight is dequantized in tiles, each just before its product.
 
-A weight of 4096 × 4096 would be 64 MB in float32. Written out whole it goes to memory and back on every call, which
-costs several times the product with one token; so a few rows at a time are dequantized, multiplied and forgotten.
-Where torch has a product with the 4-bit codes themselves (`int4`), few tokens go there.
+A 4096 × 4096 weight takes 64 MB in float32. Dequantized whole, it would be written to memory and read back on every
+call, which costs several times the product with one token. So a few rows at a time are dequantized, multiplied and
+dropped. Where torch has a product with the 4-bit codes themselves (`torch_int4`), few tokens go there.
 """
 
 import math
@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import reference
-from . import torch_int4 as int4
+from . import reference, torch_int4
 
-# Elements of a float32 working copy: its rows suffice for a good product, and caches hold it.
+# Elements of a tile's float32 copy: enough rows for an efficient product, few enough for the cache.
 _CHUNK = 1 << 20
 
 
@@ -27,11 +26,11 @@ def weight_only_linear(
     bias: Tensor | None,
     bits: int,
 ) -> Tensor:
-    """`reference.weight_only_linear`, up to the rounding of the dtype that it computes in."""
+    """`reference.weight_only_linear`, up to rounding in the dtype it computes in."""
     migrated = reference.migrate(x, migration_scale).to(x.dtype) if migration_scale is not None else x
     rows = migrated.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    if bits == 4 and int4.fits(rows, weight, weight_scale):
-        y = int4.linear(rows, weight, weight_scale, weight_zero_point)
+    if bits == 4 and torch_int4.fits(rows, weight, weight_scale):
+        y = torch_int4.linear(rows, weight, weight_scale, weight_zero_point)
         y = y if bias is None else (y + bias.float()).to(x.dtype)
     elif x.is_cpu:
         y = _in_chunks(rows, weight, weight_scale, weight_zero_point, bias)
@@ -43,7 +42,7 @@ def weight_only_linear(
 def _in_chunks(
     x: Tensor, weight: Tensor, weight_scale: Tensor, weight_zero_point: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """The layer on x (rows, in), some outputs at a time, in x's dtype if the processor multiplies in it."""
+    """The layer on x (rows, in), some outputs at a time, in x's dtype if the processor has native products in it."""
     dtype = x.dtype if x.dtype.itemsize > 2 or multiplies_in(x.dtype) else torch.float32
     inputs, out = x.to(dtype), x.new_empty(len(x), len(weight))
     count = max(1, _CHUNK // max(1, weight.shape[1]))
@@ -56,7 +55,7 @@ def _in_chunks(
 
 
 def multiplies_in(dtype: torch.dtype) -> bool:
-    """Whether this processor has matrix products in a half dtype, rather than emulate them through float32."""
+    """Whether this processor has native matrix products in a half dtype, instead of emulating them in float32."""
     has = torch.cpu.get_capabilities()
     native = {
         torch.bfloat16: has.get("amx_bf16") or has.get("avx512_bf16") or has.get("bf16"),
