@@ -24,7 +24,7 @@ The rooms, from the bottom of the house to the top; a module imports from its ow
                     refine_block, propagate, output
     api/            one file per public function, which is one command: quantize, calibrate, evaluate, inspect, convert,
                     load, generate, dry_run, quantize_module
-    cli/            the command line: commands, display
+    cli/            the command line: app, options, make_commands, measure_commands, commands, display
 
 Three modules stand alone: errors (the exception tree), functional (the layer as pure functions) and smooth (the public
 name of SmoothQuant's two functions).

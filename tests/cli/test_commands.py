@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -462,6 +463,34 @@ def test_at_eighty_columns_no_line_is_longer(
 @pytest.mark.parametrize("command", ["quantize", "evaluate", "inspect", "generate"])
 def test_help_has_an_example(run: Run, command: str) -> None:
     assert f"qlinear {command} " in run(command, "--help").out.split("Example")[1]
+
+
+# --- the application's own options ---
+
+
+def test_the_version_is_that_of_the_package(run: Run) -> None:
+    assert run("--version") == Ran(0, f"qlinear {version('qlinear')}\n", "")
+
+
+@pytest.mark.parametrize(("words", "completion"), [
+    ("qlinear quan", "quantize"),
+    ("qlinear quantize --scheme w4a16-g", "w4a16-g32"),
+    ("qlinear convert --format lm", "lmdeploy"),
+    ("qlinear evaluate --ref", "--reference"),
+])  # fmt: skip
+def test_a_shell_completes_commands_options_and_their_values(
+    run: Run, monkeypatch: pytest.MonkeyPatch, words: str, completion: str
+) -> None:
+    monkeypatch.setenv("_QLINEAR_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
+    assert completion in run().out.split()
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_it_can_show_the_completion_of_a_shell(shell: str, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    monkeypatch.setenv("_QLINEAR_COMPLETE", f"source_{shell}")
+    assert "_QLINEAR_COMPLETE=complete" in run().out
 
 
 # --- processes of their own ---

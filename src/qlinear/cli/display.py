@@ -1,11 +1,14 @@
 """What a person sees: bars on stderr while work goes on, tables on stdout when it is done."""
 
+import json
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from itertools import groupby, takewhile
 from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -24,15 +27,18 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from ..api.calibrate import Calibration
-from ..api.evaluate import Evaluation
-from ..api.inspect import Inspection
-from ..checkpoint.checksums import Verification
-from ..pipeline.run import Result
+if TYPE_CHECKING:
+    from ..api.calibrate import Calibration
+    from ..api.evaluate import Evaluation
+    from ..api.inspect import Inspection
+    from ..checkpoint.checksums import Verification
+    from ..pipeline.run import Result
 
+# How many of the layers that lost most are shown.
 _WORST = 10
+# Seconds between two lines of one stage, where stderr is no terminal.
 _LINE_EVERY = 5.0
-# Characters that the last column of a table always has, however narrow the terminal.
+# Least width of a table's last column, in characters, however narrow the terminal is.
 _LEAST = 12
 
 
@@ -47,11 +53,15 @@ class _Rate(ProgressColumn):
 
 
 class Bars:
-    """One bar per stage, with rate and time left; plain lines where stderr is no terminal; nothing if quiet."""
+    """Progress on stderr: one bar per stage with rate and time left; plain lines where that is no terminal.
+
+    quiet: show nothing. Context manager: the bars are on the screen until it ends.
+    """
 
     def __init__(self, quiet: bool = False) -> None:
         console = Console(stderr=True)
         self._lines = not console.is_terminal and not quiet
+        # When a stage last printed a line, monotonic time.
         self._said: dict[str, float] = {}
         self._tasks: dict[str, TaskID] = {}
         columns = (
@@ -88,8 +98,16 @@ class Bars:
             print(f"{stage}: {done}/{total}", file=sys.stderr, flush=True)
 
 
-def show_result(result: Result) -> None:
-    """The summary of a job: what it made, or would make, from how much, and which layers it hurt most."""
+def show(value: Any, as_json: bool, as_table: Callable[[Any], None]) -> None:
+    """Print a report: one JSON object for machines, or the table for people."""
+    if as_json:
+        print(json.dumps(asdict(value)))
+    else:
+        as_table(value)
+
+
+def show_result(result: "Result") -> None:
+    """The summary of a job: sizes, time and memory, and the layers that lost most. A plan says "about"."""
     quantized = sum(layer.scheme is not None for layer in result.layers)
     smoothed = sum(layer.migration != "none" for layer in result.layers)
     summary = _table("", "", title=f"[bold]{escape(result.out)}[/bold]")
@@ -117,22 +135,22 @@ def show_result(result: Result) -> None:
         Console().print(f"[yellow]note:[/yellow] {escape(warning)}", highlight=False)
 
 
-def show_calibration(done: Calibration) -> None:
-    """What was measured, and which experts no token reached."""
-    table = _table("", "", title=f"[bold]{escape(done.out)}[/bold]")
-    table.add_row("inputs measured", f"{len(done.modules)}")
-    table.add_row("tokens", f"{done.tokens}")
-    table.add_row("time", f"{done.seconds:.1f} s")
+def show_calibration(calibration: "Calibration") -> None:
+    """How much was measured, and the experts that no token reached."""
+    table = _table("", "", title=f"[bold]{escape(calibration.out)}[/bold]")
+    table.add_row("inputs measured", f"{len(calibration.modules)}")
+    table.add_row("tokens", f"{calibration.tokens}")
+    table.add_row("time", f"{calibration.seconds:.1f} s")
     _print(table)
-    if done.idle:
-        names = escape(", ".join(done.idle))
+    if calibration.idle:
+        names = escape(", ".join(calibration.idle))
         Console().print(
             f"[yellow]note:[/yellow] no token reached {names}: calibrate on more text", highlight=False
         )
 
 
-def show_evaluation(evaluation: Evaluation) -> None:
-    """What quantization cost, beside the reference."""
+def show_evaluation(evaluation: "Evaluation") -> None:
+    """Perplexity, and how far the model is from the reference where there is one."""
     table = _table("", "model", "reference")
     reference = evaluation.reference_perplexity
     table.add_row(
@@ -148,8 +166,8 @@ def show_evaluation(evaluation: Evaluation) -> None:
     _print(table)
 
 
-def show_inspection(inspection: Inspection) -> None:
-    """Every linear under the block that it is in, and the totals."""
+def show_inspection(inspection: "Inspection") -> None:
+    """Every linear, under the name of its block; then the totals."""
     table = _table("linear", "shape", "scheme", "scales", "before", "after", "smoothing")
     for block, linears in groupby(inspection.linears, lambda linear: _block(linear.name)):
         if block:
@@ -166,23 +184,20 @@ def show_inspection(inspection: Inspection) -> None:
     Console().print(f"all tensors: {before:,} → {after:,} bytes ({after / before:.0%})", highlight=False)
 
 
-def show_verification(found: Verification) -> None:
-    """That a folder is as it was written, and how much was compared."""
-    Console().print(
-        f"{escape(found.path)} is as it was written: {found.tensors} tensors ({_size(found.total_size)}) and "
-        f"{found.files} other files",
-        highlight=False,
-    )
+def show_verification(verification: "Verification") -> None:
+    """One line: the folder is as it was written, and how much was compared."""
+    compared = f"{verification.tensors} tensors ({_size(verification.total_size)}) and {verification.files} other files"
+    Console().print(f"{escape(verification.path)} is as it was written: {compared}", highlight=False)
 
 
 def _block(name: str) -> str:
-    """The block that a linear is in: its name up to the first number, empty for what is in none."""
-    found = re.match(r"(.*?\.\d+)\.", name)
-    return found[1] if found else ""
+    """The block of a linear: its name up to the first number. Empty where the name has none."""
+    match = re.match(r"(.*?\.\d+)\.", name)
+    return match[1] if match else ""
 
 
 def _home(name: str, migration: str, folded_into: str | None) -> str:
-    """Where a layer's smoothing lives; the module that took it by its name relative to the layer's."""
+    """Where a layer's smoothing lives. A module that took it is named relative to the layer."""
     if folded_into is None:
         return migration
     pairs = takewhile(
@@ -196,7 +211,7 @@ def _shape(shape: Sequence[int]) -> str:
 
 
 def _table(*headers: str, title: str | None = None) -> Table:
-    """A table in which nothing is cut: where the terminal is narrow, the last column folds, and no other."""
+    """A table that cuts no text: on a narrow terminal its last column wraps, and no other does."""
     table = Table(
         title=title,
         title_justify="left",
@@ -218,7 +233,7 @@ def _table(*headers: str, title: str | None = None) -> Table:
 
 
 def _print(table: Table) -> None:
-    """Print a table at the terminal's width, or wider if that would cut a name: terminals wrap lines by themselves."""
+    """Print a table at the terminal's width, or wider where that would cut a name. Terminals wrap long lines."""
     console = Console()
     unfolded = Measurement.get(console, console.options.update(max_width=10**4), table).minimum
     last = max(console.measure(cell).minimum for cell in table.columns[-1].cells)
