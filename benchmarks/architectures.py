@@ -2,8 +2,8 @@
 
     python -m benchmarks.architectures [NAME ...]
 
-Each class is a tiny random instance, smoothed in memory as the job does it (tests/sweep.py). The columns: the relative
-difference of the smoothed model's logits; how many of the weights in its blocks fold, nn.Linears and others (experts,
+Each class is a tiny random instance, smoothed in memory by the job's own `quantize_block` (benchmarks/sweep.py). The
+columns: the relative difference of the smoothed model's logits; how many of the weights in its blocks fold, nn.Linears and others (experts,
 Conv1D, raw parameters) apart; the error of the logits in W8A8 without smoothing, and with it; seconds.
 """
 
@@ -11,8 +11,8 @@ import sys
 import time
 import warnings
 
-from tests.support.sweep import CLASSES, Swept, sweep
-from tests.tracing.test_architectures import NOT_BUILT
+from benchmarks.small_models import CANNOT_BUILD
+from benchmarks.sweep import CLASSES, Swept, sweep
 from transformers.utils import logging
 
 
@@ -47,4 +47,4 @@ def _line(name: str, swept: Swept, seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or sorted(CLASSES.keys() - NOT_BUILT))
+    main(sys.argv[1:] or sorted(CLASSES.keys() - CANNOT_BUILD))

@@ -20,8 +20,8 @@ The rooms, from the bottom of the house to the top; a module imports from its ow
                     proof, on_meta
     calibration/    statistics of what weights read: stats, collect, stats_file
     pipeline/       the job, and what happens to one block: options, select_layers, check_weights, run, loop,
-                    block_state, smooth_block, smoothing, group_statistics, quantize_groups, rounded_inputs,
-                    refine_block, propagate, output
+                    lane_sets, block, quantize_block, smooth_block, smoothing, group_statistics,
+                    quantize_groups, rounded_inputs, refine_block, propagate, output
     api/            one file per public function, which is one command: quantize, calibrate, evaluate, inspect, convert,
                     load, generate, dry_run, quantize_module
     cli/            the command line: app, options, make_commands, measure_commands, commands, display

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.small_models import small_model
+from benchmarks.sweep import CLASSES, TOKENS
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qlinear import load, quantize
 from qlinear.checkpoint.layouts import MigrationPolicy
 from qlinear.nn import QLinear
-
-from ..support.architectures import small_model
-from ..support.sweep import CLASSES, TOKENS
 
 DENSE = ["Llama", "Qwen3", "Gemma3Text", "Phi3", "Cohere", "Olmo2", "OPT", "GPTNeoX", "StableLm", "Mamba2"]
 MIXTURES = ["Qwen3Moe", "DeepseekV3"]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.small_models import classes, small_model
 from compressed_tensors.quantization import QuantizationConfig
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -15,7 +16,6 @@ from qlinear import QLinearError, Scheme, TensorFormat
 from qlinear.checkpoint.reader import Checkpoint
 from qlinear.nn import QLinear
 
-from ..support.architectures import classes, small_model
 from ..support.models import contents, edit_weights, save_model
 
 IDS = torch.randint(3, 97, (24, 30), generator=torch.Generator().manual_seed(0))

@@ -7,20 +7,20 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from benchmarks.small_models import small_model
 from safetensors.torch import load_file
 from torch import Tensor
 
 import qlinear
+from qlinear.algorithms import get_algorithm
 from qlinear.api.calibrate import write_statistics
-from qlinear.checkpoint.layouts import LAYOUTS
 from qlinear.errors import CheckpointError, DataError, SchemeError
 from qlinear.formats.scheme import SCHEMES
 from qlinear.nn import QLinear, SmoothedLinear
-from qlinear.pipeline.block_state import Findings, Recipe
-from qlinear.pipeline.quantize_groups import round_weights
+from qlinear.pipeline.block import Block, BlockStats
+from qlinear.pipeline.options import Options
+from qlinear.pipeline.quantize_block import quantize_block
 from qlinear.pipeline.run import Result
-
-from ..support.architectures import small_model
 
 TOKENS = torch.randint(3, 128, (4, 24), generator=torch.Generator().manual_seed(0))
 
@@ -225,10 +225,11 @@ def test_a_static_head_is_refused_where_statistics_do_not_know_it(tmp_path: Path
 
 def test_a_static_linear_that_no_token_reached_is_refused() -> None:
     linear = torch.nn.Linear(8, 4)
-    found = Findings("experts.3", linear, lambda name: torch.float32)
-    recipe = Recipe({"experts.3": SCHEMES["w8a8-static"]}, LAYOUTS["compressed-tensors"])
+    block = Block("experts.3", linear, lambda name: torch.float32)
+    static = SCHEMES["w8a8-static"]
+    options = Options(static, get_algorithm("rtn"), smooth=None, schemes={"experts.3": static})
     with pytest.raises(DataError, match=r"experts\.3, which no calibration token reached"):
-        list(round_weights(found, found.weights(), recipe))
+        quantize_block(block, BlockStats(), options)
 
 
 def test_a_policy_that_the_layout_has_no_place_for_is_refused(tmp_path: Path) -> None:

@@ -16,8 +16,7 @@ from qlinear.checkpoint.layouts.base import QuantizedLinear
 from qlinear.checkpoint.reader import Checkpoint
 from qlinear.formats.rounding import choose_qparams, quantize_tensor
 from qlinear.formats.scheme import Scheme, TensorFormat, get_scheme
-from qlinear.pipeline.block_state import Findings
-from qlinear.pipeline.quantize_groups import Rounded
+from qlinear.pipeline.block import Block, QuantizedWeight
 from qlinear.pipeline.refine_block import Refined, hidden_state, refine
 from qlinear.streaming.find_blocks import find_blocks
 from qlinear.streaming.lanes import Call, Lane, Lanes, batches_of
@@ -43,7 +42,7 @@ def off_by_some(quantized: QuantizedLinear, seed: int) -> QuantizedLinear:
     return replace(quantized, weight=replace(quantized.weight, scale=scale * wrong))
 
 
-def rounded_linears(block: nn.Module, scheme: Scheme) -> list[Rounded]:
+def rounded_linears(block: nn.Module, scheme: Scheme) -> list[QuantizedWeight]:
     made = []
     for i, (name, module) in enumerate(block.named_modules()):
         if not isinstance(module, nn.Linear):
@@ -54,7 +53,7 @@ def rounded_linears(block: nn.Module, scheme: Scheme) -> list[Rounded]:
         held = QuantizedLinear(replace(scheme, weight=fmt), quantize_tensor(module.weight.detach(), fmt))
         if scheme.is_static and scheme.activation is not None:
             held = replace(held, input_scale=choose_qparams(torch.tensor([4.0]), scheme.activation)[0])
-        made.append(Rounded(Weight(f"{name}.weight"), off_by_some(held, i), 0.0, 0.0))
+        made.append(QuantizedWeight(Weight(f"{name}.weight"), off_by_some(held, i), 0.0, 0.0))
     return made
 
 
@@ -70,12 +69,14 @@ def standing() -> Iterator[tuple[nn.Module, list[Lane], list[Tensor]]]:
         yield block, list(lanes), [hidden_state(lane.rehearse(Call.run)).clone() for lane in lanes]
 
 
-def distance(block: nn.Module, rounded: list[Rounded], lanes: list[Lane], targets: list[Tensor]) -> float:
+def distance(
+    block: nn.Module, rounded: list[QuantizedWeight], lanes: list[Lane], targets: list[Tensor]
+) -> float:
     """Another way than the code under test: copies of the block with quantized layers in place."""
     originals = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
     layers = {each.weight.module: block.get_submodule(each.weight.module) for each in rounded}
     for each in rounded:
-        held, linear = each.held, layers[each.weight.module]
+        held, linear = each.linear, layers[each.weight.module]
         layer = qlinear.nn.QLinear.from_quantized(held.weight, linear.bias, held.scheme)
         if held.input_scale is not None:
             layer.input_scale.copy_(held.input_scale)
@@ -96,44 +97,44 @@ def test_scales_that_are_off_are_brought_back(
 ) -> None:
     block, lanes, targets = standing
     start = rounded_linears(block, scheme)
-    found = Findings("block", block, lambda name: torch.float32)
+    block_in_job = Block("block", block, lambda name: torch.float32)
     names = {name for name, vector in block.named_parameters() if vector.dim() == 1}
-    refined = refine(found, start, lanes, targets, 4, names)
+    refined = refine(block_in_job, start, lanes, targets, 4, names)
     assert refined is not None
-    after = list(refined.rounded)
+    after = list(refined.quantized)
     assert distance(block, after, lanes, targets) < 0.8 * distance(block, start, lanes, targets)
     for old, new in zip(start, after, strict=True):
-        assert torch.equal(old.held.weight.codes.float(), new.held.weight.codes.float())
-        assert new.held.weight.scale.shape == old.held.weight.scale.shape
-        assert not new.held.weight.scale.requires_grad
-        assert (new.held.input_scale is None) == (not scheme.is_static)
+        assert torch.equal(old.linear.weight.codes.float(), new.linear.weight.codes.float())
+        assert new.linear.weight.scale.shape == old.linear.weight.scale.shape
+        assert not new.linear.weight.scale.requires_grad
+        assert (new.linear.input_scale is None) == (not scheme.is_static)
 
 
 def test_what_cannot_be_bettered_stays(standing: tuple[nn.Module, list[Lane], list[Tensor]]) -> None:
     block, lanes, _ = standing
     start = rounded_linears(block, get_scheme("w8a8"))
     # Targets that the quantized block meets exactly: any step is a step away.
-    values = {each.weight.name: each.held.weight.dequantize() for each in start}
-    floats = [replace(each, held=replace(each.held, scheme=get_scheme("w8a16"))) for each in start]
+    values = {each.weight.name: each.linear.weight.dequantize() for each in start}
+    floats = [replace(each, linear=replace(each.linear, scheme=get_scheme("w8a16"))) for each in start]
     targets = [
         lane.rehearse(
             lambda call: hidden_state(torch.func.functional_call(block, values, call.args, call.kwargs))
         )
         for lane in lanes
     ]
-    found = Findings("block", block, lambda name: torch.float32)
-    assert refine(found, floats, lanes, targets, 1) == Refined(floats, {})
+    block_in_job = Block("block", block, lambda name: torch.float32)
+    assert refine(block_in_job, floats, lanes, targets, 1) == Refined(floats, {})
 
 
 def test_gains_are_tuned_too_but_for_those_that_other_blocks_hold(
     standing: tuple[nn.Module, list[Lane], list[Tensor]],
 ) -> None:
     block, lanes, targets = standing
-    found = Findings("block", block, lambda name: torch.bfloat16)
+    block_in_job = Block("block", block, lambda name: torch.bfloat16)
     start = rounded_linears(block, get_scheme("w4a16-g32"))
     gains = {name: p.detach().clone() for name, p in block.named_parameters() if p.dim() == 1}
     first, *others = gains
-    refined = refine(found, start, lanes, targets, 4, {first})
+    refined = refine(block_in_job, start, lanes, targets, 4, {first})
     assert refined is not None
     assert set(refined.vectors) == set(others)
     for name, vector in refined.vectors.items():
@@ -147,8 +148,8 @@ def test_a_block_that_lets_no_gradient_back_is_left_alone(
 ) -> None:
     block, lanes, targets = standing
     monkeypatch.setattr(block, "forward", torch.no_grad()(block.forward))
-    found = Findings("block", block, lambda name: torch.float32)
-    assert refine(found, rounded_linears(block, get_scheme("w8a8")), lanes, targets, 1) is None
+    block_in_job = Block("block", block, lambda name: torch.float32)
+    assert refine(block_in_job, rounded_linears(block, get_scheme("w8a8")), lanes, targets, 1) is None
 
 
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -173,7 +174,7 @@ def test_the_job_writes_other_scales_and_gains_and_the_same_codes(
     qlinear.quantize(source, tmp_path / "plain", **options)
     qlinear.quantize(source, tmp_path / "refined", refine=12, **options)
     monkeypatch.setattr(Spill, "is_short", True)
-    monkeypatch.setattr("qlinear.streaming.lanes._WORTH_IT", 0)
+    monkeypatch.setattr("qlinear.streaming.lanes._MIN_SPILLED_BYTES", 0)
     qlinear.quantize(source, tmp_path / "again", refine=12, **options, max_memory=1 << 40)
     assert contents(tmp_path / "refined") == contents(tmp_path / "again")
     plain, refined = Checkpoint.open(tmp_path / "plain"), Checkpoint.open(tmp_path / "refined")

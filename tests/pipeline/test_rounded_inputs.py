@@ -13,8 +13,10 @@ from qlinear import Scheme, TensorFormat
 from qlinear.algorithms.base import RoundedInput
 from qlinear.formats.rounding import choose_qparams, dequantize, qparams_from_range, quantize
 from qlinear.pipeline import loop
-from qlinear.pipeline.block_state import Findings, Recipe
-from qlinear.pipeline.rounded_inputs import rounded_inputs
+from qlinear.pipeline.block import Block, BlockStats, MeasuredInput, RoundedInputs
+from qlinear.pipeline.options import Options
+from qlinear.pipeline.rounded_inputs import measure_rounded_inputs
+from qlinear.pipeline.smoothing import SmoothedBlock
 from qlinear.runtime.distributed import Ranks
 from qlinear.streaming.lanes import Lane
 
@@ -30,63 +32,65 @@ W4A8 = Scheme(
 
 
 class Watched:
-    """Stands in for `rounded_inputs`, and compares it with inputs that are taken from the smoothed block by hooks."""
+    """Stands in for the measuring pass, and compares it with inputs that hooks take from the smoothed block."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen: dict[str, tuple[RoundedInput, RoundedInput]] = {}
         self.calls = 0
-        monkeypatch.setattr(loop, "rounded_inputs", self)
+        monkeypatch.setattr(loop, "measure_rounded_inputs", self)
 
     def __call__(
-        self, found: Findings, lanes: Sequence[Lane], recipe: Recipe, ranks: Ranks
-    ) -> dict[Any, tuple[RoundedInput, RoundedInput]]:
-        before = {name: value.clone() for name, value in found.block.state_dict().items()}
-        made = rounded_inputs(found, lanes, recipe, ranks)
-        assert all(torch.equal(before[name], value) for name, value in found.block.state_dict().items())
+        self,
+        block: Block,
+        stats: BlockStats,
+        smoothed: SmoothedBlock,
+        lanes: Sequence[Lane],
+        options: Options,
+        ranks: Ranks,
+    ) -> RoundedInputs:
+        before = {name: value.clone() for name, value in block.module.state_dict().items()}
+        measured = measure_rounded_inputs(block, stats, smoothed, lanes, options, ranks)
+        assert all(torch.equal(before[name], value) for name, value in block.module.state_dict().items())
         self.calls += 1
-        for weight, rounded in made.items():
-            name = found.full_name(weight)
-            self.seen[name] = rounded
-            vector = found.smoothing.migration.get(weight, torch.ones(()))
-            tokens = [x.float() / vector for x in inputs_of(found, weight.module, lanes)]
+        for weight, rounded in measured.items():
+            name = block.full_name(weight)
+            self.seen[name] = rounded.halves
+            vector = smoothed.smoothing.migration.get(weight, torch.ones(()))
+            tokens = [x.float() / vector for x in inputs_of(block, smoothed, weight.module, lanes)]
             halves = [half for x in tokens for half in (x[: len(x) // 2], x[len(x) // 2 :])]
-            for mine, some in zip(rounded, (halves[::2], halves[1::2]), strict=True):
-                self.compare(mine, torch.cat(some), found, weight, recipe.schemes[name].activation)
-        return made
+            for mine, some in zip(rounded.halves, (halves[::2], halves[1::2]), strict=True):
+                self.compare(mine, torch.cat(some), rounded, options.schemes[name].activation)
+        return measured
 
     @staticmethod
-    def compare(found: RoundedInput, x: Tensor, findings: Findings, weight: Any, fmt: Any) -> None:
+    def compare(half: RoundedInput, x: Tensor, measured: MeasuredInput, fmt: Any) -> None:
         qparams = choose_qparams(x, fmt)
         if not fmt.dynamic:
-            low, high = findings.ranges[weight]
-            qparams = qparams_from_range(low.min().view(1), high.max().view(1), fmt)
+            qparams = qparams_from_range(measured.low.min().view(1), measured.high.max().view(1), fmt)
         rounded = dequantize(quantize(x, *qparams, fmt), *qparams, fmt).double()
         lost = x.double() - rounded
         size = rounded.square().mean(0).sqrt()
         for mine, expected in (
-            (found.hessian, rounded.T @ rounded / len(x)), (found.drift, lost.T @ rounded / len(x)),
+            (half.hessian, rounded.T @ rounded / len(x)), (half.drift, lost.T @ rounded / len(x)),
         ):  # fmt: skip
             scale = (size * size.unsqueeze(1)).clamp(min=1e-12)
             assert float(((mine.double() - expected) / scale).abs().max()) < 1e-4
-        assert found.tokens == len(x)
+        assert half.tokens == len(x)
 
 
-def inputs_of(found: Findings, module: str, lanes: Sequence[Lane]) -> list[Tensor]:
+def inputs_of(block: Block, smoothed: SmoothedBlock, module: str, lanes: Sequence[Lane]) -> list[Tensor]:
     """The tokens (n, in) of each batch that a linear of the smoothed block reads."""
     taken: list[Tensor] = []
-    touched = [weight for weight in found.weights() if found.smoothing.touches(weight)]
-    before = {weight: weight.of(found.block).detach().clone() for weight in touched}
-    for weight in touched:
-        smoothed = found.smoothing.apply(weight, before[weight], kept=False)
-        weight.of(found.block).detach().copy_(smoothed)
-    hook = found.block.get_submodule(module).register_forward_pre_hook(
+    before = {name: p.detach().clone() for name, p in block.module.named_parameters()}
+    smoothed.smoothing.apply_to(block.module)
+    hook = block.module.get_submodule(module).register_forward_pre_hook(
         lambda module, args: taken.append(args[0].flatten(0, -2).clone())
     )
     for lane in lanes:
         lane.rehearse(lambda call: call.run())
     hook.remove()
-    for weight, matrix in before.items():
-        weight.of(found.block).detach().copy_(matrix)
+    for name, parameter in before.items():
+        block.module.get_parameter(name).detach().copy_(parameter)
     return taken
 
 
@@ -129,7 +133,7 @@ def test_nothing_is_fitted_where_no_input_is_rounded_or_no_codes_are_chosen_by_i
 
 def test_what_is_too_wide_for_it_is_not_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, watched = save_model(tmp_path / "model", **SMALL), Watched(monkeypatch)
-    monkeypatch.setattr("qlinear.pipeline.block_state._WIDEST", 32)  # the input of down_proj has 48 channels
+    monkeypatch.setattr("qlinear.pipeline.options._WIDEST", 32)  # the input of down_proj has 48 channels
     qlinear.quantize(source, tmp_path / "out", scheme="w8a8", calibration=IDS, algorithm="gptq")
     assert {name.rpartition(".")[2] for name in watched.seen} == {"q_proj", "o_proj", "gate_proj"}
 

@@ -81,9 +81,9 @@ def test_folding_leaves_the_blocks_output_unchanged(norm: type[nn.Module], store
     smoothing = Smoothing()
     for group in find_groups(trace, folds):
         assert group.fold is not None
-        smoothing.fold(block, group.fold, group_scale(group, matrices, stats, 0.7), stored)
-    for weight, matrix in matrices.items():
-        weight.of(block).data.copy_(smoothing.apply(weight, matrix))
+        smoothing = smoothing.fold(block, group.fold, group_scale(group, matrices, stats, 0.7), stored)
+    assert torch.equal(block(x), expected), "nothing changes before it is applied"
+    smoothing.apply_to(block)
     assert len(smoothing.columns) == len(matrices)
     torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-4)
     gain = block.norm1.weight
@@ -93,10 +93,9 @@ def test_folding_leaves_the_blocks_output_unchanged(norm: type[nn.Module], store
 def test_a_kept_vector_divides_the_input_and_multiplies_the_weight() -> None:
     block = perturbed(GatedBlock())
     trace, _, _ = folds_of(block)
-    smoothing = Smoothing()
     product = trace.products[0]
     s = torch.rand(WIDTH) + 0.5
-    smoothing.keep(product.weight, s)
+    smoothing = Smoothing().keep(product.weight, s)
     matrix = smoothing.apply(product.weight, product.weight.of(block))
     torch.testing.assert_close((product.x / s) @ matrix.T, product.x @ product.weight.of(block).T)
 

@@ -7,18 +7,9 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
+from benchmarks.small_models import CANNOT_BUILD
+from benchmarks.sweep import CLASSES, Swept, sweep
 
-from ..support.sweep import CLASSES, Swept, sweep
-
-# Classes of which no small random instance can be built or run, with the reason.
-CANNOT_BUILD = {
-    "Dots3Note": "the widths of its vision and audio adapters are fixed; its text model, Dots3NoteText, is here",
-    "Gemma3n": "its vision tower needs timm and Pillow; its text model, Gemma3nText, is here",
-    "Gemma4Assistant": "drafts for another model, and reads that one's keys and values",
-    "Gemma4UnifiedAssistant": "drafts for another model, and reads that one's keys and values",
-    "Musicgen": "transformers maps the config of the whole to the class of its decoder, which refuses it",
-    "MusicgenMelody": "transformers maps the config of the whole to the class of its decoder, which refuses it",
-}
 # XLNet's raw three-dimensional parameters multiply in einsums that are no linear layers: they are reported and kept.
 UNREAD = {"XLNet"}
 

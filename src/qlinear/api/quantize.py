@@ -1,20 +1,11 @@
-"""The orchestrator: what `qlinear quantize` and `qlinear.quantize` do, from validation to the model card.
+"""`qlinear.quantize` and `qlinear quantize`: from the arguments to the result.
 
-arguments  what callers may ask for
-order      all of it, checked, and how it is carried out
-recipe     what is done to each linear, what is found of a block, what became of it
-refusal    what is refused once weights are read, and that it leaves no trace
-loop       one visible loop over the blocks:
-  smoothing    the vector of each group of linears
-  rounding     the algorithm that makes codes of their weights
-  refining     the scales of all of them, tuned together
-  writing      what a block becomes in the file
-  reserve      the most sensitive linears, held back
-  simulate     what the next blocks see of a quantized one
-sink       where results go: of several processes, one writes
-journal    what is finished, for a run that is killed
-forecast   what it will take, without doing it
-finish     what makes a folder of shards a checkpoint
+    Options.asked     the arguments, each checked on its own        pipeline.options
+    open_model        the checkpoint, of which headers are read     streaming.open_model
+    make_plan         the linears to quantize, and the result's size   pipeline.select_layers
+    run               the loop over the blocks                      pipeline.run, pipeline.loop
+
+Everything that can be refused is refused before `run`, when nothing has been written.
 """
 
 import time
@@ -25,28 +16,20 @@ from typing import Literal
 
 import torch
 
-from ..checkpoint.layouts import MigrationPolicy, get_layout, supported_migration
+from ..checkpoint.layouts import MigrationPolicy
 from ..checkpoint.output_dir import require_empty, require_space
 from ..data import Source
-from ..errors import OutputError
-from ..formats.scheme import Scheme, get_scheme
-from ..pipeline.block_state import Algorithm, Layer, Progress, Recipe, needs_data
+from ..formats.scheme import Scheme
+from ..pipeline.block import Layer, Progress
 from ..pipeline.check_weights import require_floats
-from ..pipeline.options import (
-    memory_limit,
-    quantization_config,
-    require_algorithm,
-    require_count,
-    require_refinable,
-    require_statistics,
-    smoothing_of,
-)
+from ..pipeline.options import Options, memory_limit, quantization_config, require_statistics
 from ..pipeline.output.journal import can_resume, is_unfinished
-from ..pipeline.run import Order, Result, carry_out
+from ..pipeline.run import Job, Result, run
 from ..pipeline.select_layers import make_plan
 from ..runtime.device import CPU, as_device
 from ..runtime.distributed import Ranks
 from ..streaming.open_model import calibration_ids, open_model
+from ..streaming.streamed_model import StreamedModel
 from .dry_run import estimate
 
 __all__ = ["Layer", "Result", "quantize"]
@@ -59,7 +42,7 @@ def quantize(
     *,
     smooth: float | Literal["auto", "off"] | None = None,
     migration_scale: MigrationPolicy = "unfolded",
-    algorithm: Algorithm = "rtn",
+    algorithm: str = "rtn",
     propagate: bool | None = None,
     scheme_for: Mapping[str, str | Scheme] | None = None,
     keep_worst: int = 0,
@@ -102,57 +85,50 @@ def quantize(
     (stage, done, total).
     Raises QLinearError, before any work, for whatever cannot be done; nothing is written then.
     """
-    began, ranks = time.monotonic(), Ranks.present()
+    began, ranks, out = time.monotonic(), Ranks.present(), Path(out)
     with ranks.raising_together():
-        wanted, out = None if scheme == "none" else get_scheme(scheme), Path(out)
-        if max_shard_size < 1:
-            raise OutputError(f"max_shard_size must be at least 1 byte; got {max_shard_size}")
-        layout = get_layout(format)
-        keep = supported_migration(migration_scale, format, wanted)
+        options = Options.asked(
+            scheme=scheme, algorithm=algorithm, format=format, smooth=smooth, migration_scale=migration_scale,
+            propagate=propagate, scheme_for=scheme_for, keep_worst=keep_worst, refine=refine, stats=stats,
+            ignore=ignore, samples=samples, seq_len=seq_len, seed=seed, max_shard_size=max_shard_size,
+        )  # fmt: skip
         where = as_device(device)
-        others = {pattern: get_scheme(each) for pattern, each in (scheme_for or {}).items()}
-        algorithm, keep_worst = require_algorithm(algorithm), require_count(keep_worst, wanted)
-        smoothing = smoothing_of(smooth, algorithm, wanted)
-        refine = require_refinable(refine, wanted, propagate, stats is not None)
-        schemes = [each for each in (wanted, *others.values()) if each is not None]
-        computes = needs_data(smoothing, algorithm, schemes, keep_worst, refine)
-        source = open_model(model, dtype, trust_remote_code, revision, where, computes)
+        source = open_model(model, dtype, trust_remote_code, revision, where, options.needs_data)
         source.checkpoint.require_unquantized()
         resumes = ranks.is_main and resume and not overwrite and can_resume(out)
         if ranks.is_main and not resumes:
             require_empty(out, overwrite or is_unfinished(out), source.checkpoint.path)
-        chosen = make_plan(source, wanted, ignore, layout.HOLDS_TRANSPOSED, others)
-        recipe = Recipe(
-            chosen.schemes, layout, algorithm, smoothing,
-            algorithm != "rtn" or refine > 0 if propagate is None else propagate, keep_worst, keep,
-            frozenset() if keep == "never" else chosen.holders, refine,
-        )  # fmt: skip
-        require_floats(source, chosen)
-        quantization_config(source, layout, chosen, ())  # a layout may have no place for what was asked for
+        job = _job(source, options, calibration, stats, max_memory)
         if ranks.is_main:
-            require_space(out, chosen.nbytes)
-        statistics = None if stats is None else require_statistics(stats, source, recipe).to(where)
-        memory = memory_limit(max_memory, source)
-        tokens = None
-        if recipe.needs_data:
-            # With statistics at hand, tokens only serve to find and prove folds.
-            text, samples, seq_len = (calibration, samples, seq_len) if stats is None else ("random", 2, 16)
-            tokens = calibration_ids(text, source, samples, seq_len, seed)
-    settings = {
-        "scheme": "none" if wanted is None else wanted.name, "format": format, "algorithm": algorithm,
-        "smooth": "off" if recipe.smooth is None else recipe.smooth, "migration_scale": keep,
-        "propagate": recipe.propagate, "scheme_for": {pattern: each.name for pattern, each in others.items()},
-        "keep_worst": keep_worst, "refine": refine, "stats": None if stats is None else Path(stats).name,
-        "ignore": None if ignore is None else list(ignore),
-        "samples": 0 if tokens is None else len(tokens),
-        "seq_len": seq_len if tokens is None else tokens.shape[1], "seed": seed,
-        "dtype": str(source.dtype).removeprefix("torch."), "max_shard_size": max_shard_size,
-    }  # fmt: skip
+            require_space(out, job.plan.nbytes)
     ranks = replace(ranks, device=where)
-    order = Order(source, chosen, recipe, tokens, statistics, memory, settings)
     if plan:
-        return ranks.on_main(lambda: estimate(order, out, began, progress, ranks.size))
-    goes_on = ranks.on_main(lambda: resumes)
-    return carry_out(
-        order, out, goes_on=goes_on, overwrite=overwrite, ranks=ranks, began=began, progress=progress
+        return ranks.on_main(lambda: estimate(job, out, began, progress, ranks.size))
+    resumes = ranks.on_main(lambda: resumes)
+    return run(job, out, resumes=resumes, overwrite=overwrite, ranks=ranks, began=began, progress=progress)
+
+
+def _job(
+    source: StreamedModel,
+    options: Options,
+    calibration: Source,
+    stats: str | Path | None,
+    max_memory: int | None,
+) -> Job:
+    """The job with all that it needs read and checked, but the weights. Raises QLinearError."""
+    layout = options.layout
+    plan = make_plan(source, options.scheme, options.ignore, layout.HOLDS_TRANSPOSED, options.scheme_for)
+    options = replace(options.for_model(plan), dtype=str(source.dtype).removeprefix("torch."))
+    require_floats(source, plan)
+    quantization_config(source, layout, plan)  # a layout may have no place for what was asked for
+    statistics = None if stats is None else require_statistics(stats, source, options).to(source.device)
+    memory = memory_limit(max_memory, source)
+    if not options.needs_data:
+        return Job(source, plan, replace(options, samples=0), None, statistics, memory)
+    # With statistics at hand, tokens only serve to find and prove folds.
+    text, samples, seq_len = (
+        (calibration, options.samples, options.seq_len) if stats is None else ("random", 2, 16)
     )
+    tokens = calibration_ids(text, source, samples, seq_len, options.seed)
+    options = replace(options, samples=len(tokens), seq_len=tokens.shape[1])
+    return Job(source, plan, options, tokens, statistics, memory)

@@ -20,7 +20,6 @@ from ..errors import QLinearError, SchemeError
 from ..formats.rounding import (
     QuantizedTensor,
     choose_qparams,
-    dequantize,
     fake_quantize_input,
     qparams_from_range,
     quantize,

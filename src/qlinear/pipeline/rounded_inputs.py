@@ -1,7 +1,8 @@
-"""The pass that shows what rounding makes of the inputs of a block, for GPTQ to fit the weights to (`algorithms.fit`).
+"""The pass that measures how rounding changes the inputs of a block, so that weights can be fitted to rounded inputs.
 
-How an input is smoothed and what its range is follows from a pass of the calibration set; only then can another tell
-what is lost of it. The block runs smoothed but in float, on what the quantized blocks before it give.
+The smoothing of an input and its range follow from a first pass of the calibration set; only a second pass can tell
+what rounding takes from it. The block runs smoothed but in float, on the output of the quantized blocks before it. The
+idea of fitting to rounded inputs is GPTAQ's (Li et al. 2025); `algorithms.parts.input_error` has the formula.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,26 +13,36 @@ import torch
 from torch import Tensor
 
 from ..algorithms.base import Group, RoundedInput
+from ..algorithms.parts.static_range import choose_static_range
 from ..calibration.stats import add_outer_products, symmetrized
 from ..runtime.distributed import Ranks
 from ..streaming.lanes import Lane
 from ..tracing.trace import Weight, watching_inputs
-from .block_state import Findings, Recipe
+from .block import Block, BlockStats, MeasuredInput, RoundedInputs
+from .options import Options
 from .quantize_groups import smoothed_groups
+from .smoothing import SmoothedBlock, Smoothing
 
 
-def rounded_inputs(
-    found: Findings, lanes: Sequence[Lane], recipe: Recipe, ranks: Ranks
-) -> dict[Weight, tuple[RoundedInput, RoundedInput]]:
-    """What rounding makes of the inputs that linears of a smoothed block are fitted to, by the first of each unit.
+def measure_rounded_inputs(
+    block: Block,
+    stats: BlockStats,
+    smoothed: SmoothedBlock,
+    lanes: Sequence[Lane],
+    options: Options,
+    ranks: Ranks,
+) -> RoundedInputs:
+    """How rounding changes the inputs that weights are fitted to, by the first weight of each group.
 
-    lanes: stay where they are. ranks: those that have the others.
+    lanes: the calibration set of this rank, waiting before the block; they stay there. ranks: the
+    processes that have the other lanes.
     """
-    single = [weight for weight in found.weights() if recipe.fits(found, weight)]
+    fitted = [weight for weight in block.weights() if options.fits(block, weight)]
+    smoothing = smoothed.smoothing
     sums = {
-        members[0]: _Halves(group, found.smoothing.migration.get(members[0]))
-        for unit in found.merge_groups(single)
-        for members, group in smoothed_groups(found, unit, recipe)
+        members[0]: _InputSums(group, smoothing.migration.get(members[0]))
+        for unit in stats.merge_groups(fitted)
+        for members, group in smoothed_groups(block, stats, smoothing, unit, options)
     }
     if not sums:
         return {}
@@ -40,32 +51,32 @@ def rounded_inputs(
         if weight in sums:
             sums[weight].add(x.float())
 
-    with ranks.raising_together(), _smoothed(found), watching_inputs(found.block, note):
+    with ranks.raising_together(), _computing_smoothed(block, smoothing), watching_inputs(block.module, note):
         for lane in lanes:
             lane.rehearse(lambda call: call.run())
-    return {weight: each.over(ranks) for weight, each in sums.items()}
+    return {weight: input_sums.over(ranks) for weight, input_sums in sums.items()}
 
 
-class _Halves:
-    """Sums over the tokens of one input, for the first half of each batch and for the second: they are mostly of
-    different sequences."""
+class _InputSums:
+    """Sums over the tokens of one input, for the first half of each batch and for the second."""
 
     def __init__(self, group: Group, migration: Tensor | None) -> None:
-        self._group = replace(group, weights={}, sample=group.sample[:0], hessian=None)
+        ranged = choose_static_range(group) if group.scheme.is_static else group
+        self._group = replace(ranged, weights={}, sample=group.sample[:0], hessian=None)
         self._migration = migration
-        self._sums = _Sums(group.low), _Sums(group.low)
+        self._halves = _Sums(group.low), _Sums(group.low)
 
     def add(self, x: Tensor) -> None:
-        """Take in tokens x (n, in) as the smoothed block has them."""
+        """Add tokens x (n, in), as the smoothed block has them."""
         if self._migration is not None:
             x = x / self._migration
-        for sums, half in zip(self._sums, (x[: len(x) // 2], x[len(x) // 2 :]), strict=True):
+        for sums, half in zip(self._halves, (x[: len(x) // 2], x[len(x) // 2 :]), strict=True):
             sums.add(half, self._group.rounded(half))
 
-    def over(self, ranks: Ranks) -> tuple[RoundedInput, RoundedInput]:
+    def over(self, ranks: Ranks) -> MeasuredInput:
         """The means over the tokens of all ranks."""
-        first, second = self._sums
-        return first.over(ranks), second.over(ranks)
+        first, second = self._halves
+        return MeasuredInput(self._group.low, self._group.high, (first.over(ranks), second.over(ranks)))
 
 
 class _Sums:
@@ -81,22 +92,20 @@ class _Sums:
         self._tokens += len(x)
 
     def over(self, ranks: Ranks) -> RoundedInput:
-        hessian, drift, tokens = (
-            ranks.all_reduce(each) for each in (self._hessian, self._drift, self._tokens)
-        )
+        sums = (self._hessian, self._drift, self._tokens)
+        hessian, drift, tokens = (ranks.all_reduce(total) for total in sums)
         count = int(tokens)
         return RoundedInput(symmetrized(hessian.div_(max(1, count))), drift.div_(max(1, count)), count)
 
 
 @contextmanager
-def _smoothed(found: Findings) -> Iterator[None]:
-    """While open, the block computes with its weights smoothed; then they are again as they were."""
-    touched = [weight for weight in found.weights() if found.smoothing.touches(weight)]
-    before = [weight.of(found.block).detach().clone() for weight in touched]
-    for weight in touched:
-        found.smoothing.apply_in_place(weight, weight.of(found.block).detach())
+def _computing_smoothed(block: Block, smoothing: Smoothing) -> Iterator[None]:
+    """Context manager: the block computes with its parameters smoothed, and has its own again afterwards."""
+    names = dict.fromkeys([*smoothing.vectors, *(weight.name for weight in smoothing.touched)])
+    before = {name: block.module.get_parameter(name).detach().clone() for name in names}
+    smoothing.apply_to(block.module)
     try:
         yield
     finally:
-        for weight, matrix in zip(touched, before, strict=True):
-            weight.of(found.block).detach().copy_(matrix)
+        for name, parameter in before.items():
+            block.module.get_parameter(name).detach().copy_(parameter)

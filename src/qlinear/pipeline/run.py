@@ -1,10 +1,9 @@
-"""An order for the job, with all that was asked for checked, and how it is carried out."""
+"""The whole job: prepare the output folder, run the loop over the blocks, and make the shards a checkpoint."""
 
 import time
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -15,10 +14,11 @@ from ..runtime.distributed import Ranks
 from ..runtime.memory import peak_rss
 from ..streaming.spill import Spill
 from ..streaming.streamed_model import StreamedModel
-from .block_state import Layer, Progress, Recipe
+from .block import Layer, Progress
 from .check_weights import require_finite
-from .loop import Job
-from .options import quantization_config
+from .loop import BlockLoop
+from .options import Options, quantization_config
+from .output.block_writer import BlockWriter
 from .output.cleanup import leaving_no_trace
 from .output.finalize import finish
 from .output.journal import begin, discard, identity
@@ -30,7 +30,7 @@ from .select_layers import Plan
 class Result:
     """What the job did. out: the folder. total_size: bytes of tensor data in it. warnings: what a user should know.
 
-    planned: whether it is what the job will do, foretold by a dry run.
+    planned: whether these are the estimates of a dry run.
     """
 
     out: str
@@ -44,44 +44,45 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """What is to be done. tokens: the calibration set (n, seq_len), statistics: those of an earlier one; None where
-    nothing needs them. memory: bytes that the process may hold before hidden states go to the disk. settings: what was
-    asked for and decides the result, as the journal and the model card have it."""
+class Job:
+    """All that a job works on.
+
+    tokens: the calibration set (n, seq_len); statistics: of an earlier calibration; None where nothing needs them.
+    memory: resident bytes beyond which hidden states wait on the disk.
+    """
 
     source: StreamedModel
     plan: Plan
-    recipe: Recipe
+    options: Options
     tokens: Tensor | None
     statistics: CalibrationStats | None
     memory: int | None
-    settings: dict[str, Any]
 
 
-def carry_out(
-    order: Order, out: Path, *, goes_on: bool, overwrite: bool, ranks: Ranks, began: float, progress: Progress
+def run(
+    job: Job, out: Path, *, resumes: bool, overwrite: bool, ranks: Ranks, began: float, progress: Progress
 ) -> Result:
-    """Do the job. goes_on: with what an interrupted run left in `out`. began: when it was asked for, monotonic time."""
-    source, existed = order.source, out.is_dir()
-    if not goes_on:
+    """Do a job. resumes: whether an interrupted run in `out` is continued. began: monotonic time of the request."""
+    source, existed = job.source, out.is_dir()
+    if not resumes:
         ranks.on_main(lambda: _prepare(source, out, overwrite, progress))
-    writer, journal = _begun(order, out, ranks)
+    sink, journal = _begin(job, out, ranks)
     with ExitStack() as stack:
         spill = None
-        if order.memory is not None:
-            spill = stack.enter_context(closing(Spill(order.memory, out if ranks.is_main else None)))
-        job = Job(
-            source, writer, journal, order.recipe, order.tokens, progress, order.statistics, ranks, spill
-        )
+        if job.memory is not None:
+            spill = stack.enter_context(closing(Spill(job.memory, out if ranks.is_main else None)))
         if ranks.is_main:
-            stack.enter_context(leaving_no_trace(job, out, existed))
-        job.run()
-        ranks.on_main(lambda: _finish(order, job, out))
+            stack.enter_context(leaving_no_trace(sink, journal, out, existed))
+        loop = BlockLoop(
+            source, sink, journal, job.options, job.tokens, progress, job.statistics, ranks, spill
+        )
+        loop.run()
+        ranks.on_main(lambda: _finish(job, loop.writer, out))
     journal.remove()
     return ranks.on_main(
         lambda: Result(
             str(out), time.monotonic() - began, peak_rss(), Checkpoint.open(out).nbytes, source.checkpoint.nbytes,
-            tuple(job.layers), (*order.plan.notes, *job.warnings),
+            tuple(loop.layers), (*job.plan.notes, *loop.warnings),
         )
     )  # fmt: skip
 
@@ -92,21 +93,22 @@ def _prepare(source: StreamedModel, out: Path, overwrite: bool, progress: Progre
     clear(out)
 
 
-def _begun(order: Order, out: Path, ranks: Ranks) -> tuple[Sink, Record]:
-    """What this rank writes to, and what remembers it: for all but the leader, nothing does."""
+def _begin(job: Job, out: Path, ranks: Ranks) -> tuple[Sink, Record]:
+    """Where this rank's results and its journal go: nowhere, but for the main rank."""
     mine: tuple[Sink, Record] | None = None
     with ranks.raising_together():
         if ranks.is_main:
-            identified = order.settings | identity(order.source, order.tokens)
-            mine = begin(out, identified, order.settings["max_shard_size"])
+            settings = job.options.settings() | identity(job.source, job.tokens)
+            mine = begin(out, settings, job.options.max_shard_size)
     done = ranks.on_main(lambda: mine[1].done if mine else Done())
     return mine or (NullSink(), NullJournal(done))
 
 
-def _finish(order: Order, job: Job, out: Path) -> None:
-    source, plan = order.source, order.plan
-    holders = [layer.name for layer in job.layers if layer.scheme is None and layer.migration == "kept"]
-    config = quantization_config(source, order.recipe.layout, plan, job.kept, holders)
-    record = {"settings": order.settings, "layers": [asdict(layer) for layer in job.layers]}
+def _finish(job: Job, writer: BlockWriter, out: Path) -> None:
+    """Make the folder of shards a checkpoint."""
+    source, plan = job.source, job.plan
+    holders = [layer.name for layer in writer.layers if layer.scheme is None and layer.migration == "kept"]
+    config = quantization_config(source, job.options.layout, plan, writer.kept, holders)
+    record = {"settings": job.options.settings(), "layers": [asdict(layer) for layer in writer.layers]}
     untied = source.head_name in plan.chosen and source.model.config.tie_word_embeddings
-    finish(out, source, config, untied, record, job.blocks.writer.checksums)
+    finish(out, source, config, untied, record, writer.sink.checksums)

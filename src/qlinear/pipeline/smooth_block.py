@@ -1,16 +1,18 @@
-"""Which smoothing vector each input group of a block gets, and where it goes.
+"""Which smoothing vector each input group of a block gets, and where the vector goes.
 
-Last group first: dividing a linear's rows by what its readers take changes the largest magnitudes of its columns, and
-so what the linear itself needs. The other way round nothing depends on anything.
+The last group comes first: dividing a linear's rows by its readers' vector changes the absmax of its columns, and so
+the vector that the linear itself needs. In the other order nothing depends on anything.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..algorithms import search_alpha, search_scale
+from ..algorithms.alpha_search import search_alpha
+from ..algorithms.awq import search_scale
 from ..algorithms.base import Group
 from ..algorithms.parts.clipping import ENDS
 from ..algorithms.parts.smoothing_search import DEFAULT, Point, Search
@@ -18,80 +20,94 @@ from ..calibration.collect import absmax_of
 from ..calibration.stats import InputStats
 from ..tracing.folds import InputGroup
 from ..tracing.trace import Weight
-from .block_state import Findings, Recipe
+from .block import Block, BlockStats
 from .group_statistics import GroupStatistics, flip_signs, group_scale
-from .quantize_groups import grouped
+from .options import Options
+from .quantize_groups import groups_of
+from .smoothing import SmoothedBlock
 
 
-def smooth_block(found: Findings, recipe: Recipe) -> list[list[Weight]]:
-    """Smooth every group of a block, folding what can be folded; returns those that nothing can take it for."""
-    if recipe.smooth is None:
-        return []
-    left: list[list[Weight]] = []
-    for group in reversed(found.groups):
-        holders = _holders(found, group, recipe)
-        if group.fold is None and not holders:
-            left.append(list(group.weights))
-            continue
-        s = _vector(found, group, recipe)
-        if s is None:
-            continue
-        if group.fold is not None:
-            producer = group.fold.producer
-            vector = producer.gain[0] if producer.weight is None else producer.weight.name
-            found.smoothing.fold(found.block, group.fold, s, found.stored_dtype(vector))
-        else:
-            for weight in holders:
-                found.smoothing.keep(weight, s)
-    return left
+def smooth_block(block: Block, stats: BlockStats, options: Options) -> SmoothedBlock:
+    """Choose a vector for every group; fold those that can be folded, and keep the others where the layout can."""
+    smoothed = SmoothedBlock()
+    if options.smooth is None:
+        return smoothed
+    for group in reversed(block.groups):
+        smoothed = _with_group(smoothed, block, group, stats, options)
+    return smoothed
 
 
-def _holders(found: Findings, group: InputGroup, recipe: Recipe) -> list[Weight]:
-    """Those of a group's weights that a vector can stay with: experts in a stack have no place for one."""
-    return [w for w in group.weights if w.index is None and found.full_name(w) in recipe.holders]
+def _with_group(
+    smoothed: SmoothedBlock, block: Block, group: InputGroup, stats: BlockStats, options: Options
+) -> SmoothedBlock:
+    """The block with one more group smoothed."""
+    holders = _holders(block, group, options)
+    if group.fold is None and not holders:
+        return replace(smoothed, unsmoothed=(*smoothed.unsmoothed, group.weights))
+    s, search = _vector(smoothed, block, group, stats, options)
+    if search is not None:
+        smoothed = replace(smoothed, searches={**smoothed.searches, **dict.fromkeys(group.weights, search)})
+    if s is None:
+        return smoothed
+    smoothing = smoothed.smoothing
+    if group.fold is not None:
+        producer = group.fold.producer
+        vector = producer.gain[0] if producer.weight is None else producer.weight.name
+        smoothing = smoothing.fold(block.module, group.fold, s, block.stored_dtype(vector))
+    else:
+        for weight in holders:
+            smoothing = smoothing.keep(weight, s)
+    return replace(smoothed, smoothing=smoothing)
 
 
-def _vector(found: Findings, group: InputGroup, recipe: Recipe) -> Tensor | None:
-    """The vector of a group, from its weights as they are by now; None where the search says to leave it alone."""
-    assert recipe.smooth is not None
-    matrices = {weight: found.matrix(weight) for weight in group.weights}
-    stats = {weight: found.stats[weight] for weight in group.weights if weight in found.stats}
-    signs, reach = _reach(found, group, matrices, stats, recipe)
-    if not isinstance(recipe.smooth, str):
-        return group_scale(group, matrices, reach, recipe.smooth) * signs
-    quantized = [weight for weight in group.weights if found.full_name(weight) in recipe.schemes]
+def _holders(block: Block, group: InputGroup, options: Options) -> list[Weight]:
+    """The weights of a group that a vector can stay with; experts in a stack have no place for one."""
+    return [w for w in group.weights if w.index is None and block.full_name(w) in options.holders]
+
+
+def _vector(
+    smoothed: SmoothedBlock, block: Block, group: InputGroup, stats: BlockStats, options: Options
+) -> tuple[Tensor | None, Search | None]:
+    """The vector of a group from its weights as smoothed so far, None to leave it alone; and the search, if any."""
+    assert options.smooth is not None
+    smoothing = smoothed.smoothing
+    matrices = {weight: smoothing.apply(weight, block.matrix(weight)) for weight in group.weights}
+    inputs = {weight: stats.inputs[weight] for weight in group.weights if weight in stats.inputs}
+    signs, reach = _reach(block, group, matrices, inputs, options)
+    if not isinstance(options.smooth, str):
+        return group_scale(group, matrices, reach, options.smooth) * signs, None
+    quantized = [weight for weight in group.weights if block.full_name(weight) in options.schemes]
     if not quantized:
-        return None
-    readers = grouped(found, quantized, recipe)
+        return None, None
+    readers = groups_of(block, stats, smoothing, quantized, options)
     if not readers:
-        return group_scale(group, matrices, reach, DEFAULT.alpha) * signs
-    absmean = {weight: each.absmean for weight, each in stats.items()}
+        return group_scale(group, matrices, reach, DEFAULT.alpha) * signs, None
+    absmean = {weight: input_stats.absmean for weight, input_stats in inputs.items()}
     size = readers[0][1].scheme.weight.group_size
     statistics = GroupStatistics.of(group, matrices, reach, absmean, size)
-    others = {weight: each.without_sample() for weight, each in stats.items()}
-    other_signs, other_reach = _reach(found, group, matrices, others, recipe)
+    others = {weight: input_stats.without_sample() for weight, input_stats in inputs.items()}
+    other_signs, other_reach = _reach(block, group, matrices, others, options)
     of_others = statistics.reaching(group, other_reach)
-    search = _searched(group, readers, ((statistics, signs), (of_others, other_signs)), recipe)
-    found.searches.update(dict.fromkeys(group.weights, search))
+    search = _searched(group, readers, ((statistics, signs), (of_others, other_signs)), options)
     if search.point.form == "off":
-        return None
-    return statistics.scale(search.point.alpha, search.point.form) * signs
+        return None, search
+    return statistics.scale(search.point.alpha, search.point.form) * signs, search
 
 
 def _reach(
-    found: Findings,
+    block: Block,
     group: InputGroup,
     matrices: Mapping[Weight, Tensor],
-    stats: Mapping[Weight, InputStats],
-    recipe: Recipe,
+    inputs: Mapping[Weight, InputStats],
+    options: Options,
 ) -> tuple[Tensor, dict[Weight, Tensor]]:
-    """Signs for a group's vector, and how far its inputs reach (in,): their absmax, unless channels may be turned."""
-    absmax = absmax_of(stats, group.weights)
-    schemes = [recipe.schemes[name] for w in group.weights if (name := found.full_name(w)) in recipe.schemes]
-    is_asymmetric = bool(schemes) and all(scheme.is_asymmetric for scheme in schemes)
-    if not (is_asymmetric and absmax and group.fold in found.reversible):
+    """Signs for a group's vector, and the reach (in,) of its inputs: the absmax, unless channels may flip signs."""
+    absmax = absmax_of(inputs, group.weights)
+    names = [name for weight in group.weights if (name := block.full_name(weight)) in options.schemes]
+    is_asymmetric = bool(names) and all(options.schemes[name].is_asymmetric for name in names)
+    if not (is_asymmetric and absmax and group.fold in block.reversible):
         return torch.ones(()), absmax
-    ends = [{weight: getattr(stats[weight], end) for weight in absmax} for end in ("min", "max")]
+    ends = [{weight: getattr(inputs[weight], end) for weight in absmax} for end in ("min", "max")]
     return flip_signs(group, matrices, *ends)
 
 
@@ -99,11 +115,11 @@ def _searched(
     group: InputGroup,
     readers: list[tuple[list[Weight], Group]],
     families: tuple[tuple[GroupStatistics, Tensor], tuple[GroupStatistics, Tensor]],
-    recipe: Recipe,
+    options: Options,
 ) -> Search:
-    """The best point for all that read the group's tensors.
+    """The best point for all readers of the group's tensors.
 
-    families: statistics and signs of all tokens, and of those apart from the sample.
+    families: statistics and signs of all tokens, and of the tokens apart from the sample.
     """
 
     def scales_at(family: tuple[GroupStatistics, Tensor], point: Point) -> list[Tensor]:
@@ -115,10 +131,10 @@ def _searched(
 
     groups = [reader for _, reader in readers]
     of_all, of_others = (partial(scales_at, family) for family in families)
-    if recipe.smooth == "awq":
+    if options.smooth == "awq":
         return search_scale(groups, of_all, of_others=of_others)
-    # 4-bit weights are rounded on a grid whose ends may move, whatever the algorithm: see `grid`.
-    moves = recipe.algorithm != "rtn" and groups[0].scheme.weight.bits == 4
+    # The ends of a 4-bit tile may move where the algorithm chooses its range by error.
+    moves = options.algorithm.searches_ranges and groups[0].scheme.weight.bits == 4
     return search_alpha(groups, of_all, ratios=ENDS if moves else (1.0,), of_others=of_others)
 
 

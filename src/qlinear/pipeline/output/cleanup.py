@@ -8,43 +8,40 @@ are read once more than needed, before that.
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ...checkpoint.output_dir import clear
 from ...errors import CheckpointError, NumericsError, SourceLostError, StructureError
-
-if TYPE_CHECKING:
-    from ..loop import Job
+from .sink import Record, Sink
 
 
 @contextmanager
-def leaving_no_trace(job: "Job", out: Path, existed: bool) -> Iterator[None]:
-    """Inside, a model that turns out to be unfit takes back what was written of it, and a folder made for it.
+def leaving_no_trace(sink: Sink, journal: Record, out: Path, existed: bool) -> Iterator[None]:
+    """Context manager: a model that turns out to be unfit leaves nothing behind, not even a folder that was made.
 
-    A disk that is full or cannot be read is another matter: what was finished until then stays, to be taken up again.
+    Where the disk is full or the source cannot be read, finished blocks stay, for another run to resume.
     """
     try:
         yield
     except SourceLostError:
-        _let_go(job)
+        _release(sink, journal)
         raise
     except (CheckpointError, NumericsError, StructureError):
-        job.blocks.writer.close()
-        job.journal.remove()
+        sink.close()
+        journal.remove()
         clear(out)
         if not existed:
             _remove_if_empty(out)
         raise
     except BaseException:
-        _let_go(job)
+        _release(sink, journal)
         raise
 
 
-def _let_go(job: "Job") -> None:
-    """Leave the folder as it is, for another run to take up."""
+def _release(sink: Sink, journal: Record) -> None:
+    """Leave the folder as it is, for another run to resume."""
     with suppress(OSError):  # a shard that was closed, or could not be
-        job.blocks.writer.close()
-    job.journal.close()
+        sink.close()
+    journal.close()
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -9,10 +9,8 @@ OUT/.qlinear holds, until the result is whole:
 A block is in the journal after its tensors are on the disk; whatever lies in the shards behind that is cut off.
 """
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -29,7 +28,7 @@ from ...checkpoint.writer import ShardWriter
 from ...errors import OutputError
 from ...streaming.streamed_model import StreamedModel
 from ...tracing.trace import Weight
-from ..block_state import Findings, Layer
+from ..block import BlockResult, Layer
 from ..smoothing import Smoothing
 from .sink import BlockRecord, Done, Sink
 
@@ -43,7 +42,7 @@ class Journal:
     nothing.
     """
 
-    def __init__(self, out: Path, settings: Mapping[str, Any], lock: int) -> None:
+    def __init__(self, out: Path, settings: Mapping[str, Any], lock: FileLock) -> None:
         self.folder, self.settings = out / _FOLDER, dict(settings)
         self.done = Done()
         self.shards: dict[str, Any] | None = None
@@ -83,12 +82,14 @@ class Journal:
         self.done = Done(found["blocks"], layers, found["warnings"])
         self.shards = found["shards"]
 
-    def record(self, found: Findings, layers: Sequence[Layer], warnings: Sequence[str], writer: Sink) -> None:
+    def record(
+        self, result: BlockResult, layers: Sequence[Layer], warnings: Sequence[str], sink: Sink
+    ) -> None:
         """A block is finished, and in the shards: it is made durable, and noted, while the next one is worked on."""
         self.flush()
-        file, smoothing = self._file(len(self.done.blocks)), _left_as_bytes(found)
-        shards, sync = writer.commit()
-        self.done = Done([*self.done.blocks, found.name], list(layers), list(warnings))
+        file, smoothing = self._file(len(self.done.blocks)), _record_as_bytes(result)
+        shards, sync = sink.commit()
+        self.done = Done([*self.done.blocks, result.name], list(layers), list(warnings))
         entry = self._entry(shards)
 
         def save() -> None:
@@ -114,19 +115,22 @@ class Journal:
         return json.dumps(entry).encode()
 
     def record_of(self, block: str) -> BlockRecord:
-        """What a finished block was left with."""
-        smoothing = Smoothing()
+        """What a finished block became."""
         with safe_open(self._file(self.done.blocks.index(block)), "pt") as stored:
             names = stored.metadata()
-            for part in ("columns", "rows", "migration"):
-                into: dict[Weight, Tensor] = getattr(smoothing, part)
-                for i, key in enumerate(json.loads(names[part])):
-                    into[Weight(*key)] = stored.get_tensor(f"{part}.{i}")
-            changed, refined = (
-                {name: stored.get_tensor(f"{part}.{i}") for i, name in enumerate(json.loads(names[part]))}
-                for part in ("changed", "refined")
-            )
-        return BlockRecord(smoothing, changed, refined)
+
+            def vectors(part: str) -> list[tuple[Any, Tensor]]:
+                return [
+                    (key, stored.get_tensor(f"{part}.{i}")) for i, key in enumerate(json.loads(names[part]))
+                ]
+
+            by_weight = {
+                part: {Weight(*key): vector for key, vector in vectors(part)}
+                for part in ("columns", "rows", "migration")
+            }
+            columns, rows, migration = by_weight.values()
+            smoothing = Smoothing(columns, rows, migration, vectors=dict(vectors("vectors")))
+            return BlockRecord(smoothing, dict(vectors("refined")))
 
     def _file(self, position: int) -> Path:
         return self.folder / f"block-{position:05d}.safetensors"
@@ -134,7 +138,7 @@ class Journal:
     def close(self) -> None:
         """Let go of the folder, which another run may then take up."""
         self._thread.shutdown()  # what is on its way gets there
-        os.close(self._lock)
+        self._lock.release()
 
     def remove(self) -> None:
         """The result is whole: nothing is left to be taken up."""
@@ -180,37 +184,39 @@ def discard(out: str | Path) -> None:
     if folder.is_dir():
         lock = _locked(folder)
         shutil.rmtree(folder)
-        os.close(lock)
+        lock.release()
 
 
-def _locked(folder: Path) -> int:
+def _locked(folder: Path) -> FileLock:
     """The folder's lock, held. Raises OutputError if another process holds it."""
+    lock = FileLock(folder / "lock", timeout=0, thread_local=False)
     with writing_to(folder):
-        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise OutputError(
-            f"another run is writing to {folder.parent}: wait for it, or choose another folder"
-        ) from None
+        try:
+            lock.acquire()
+        except Timeout:
+            raise OutputError(
+                f"another run is writing to {folder.parent}: wait for it, or choose another folder"
+            ) from None
     return lock
 
 
-def _left_as_bytes(found: Findings) -> bytes:
-    """Everything that smoothing and refining did to a block, beside its codes, as a safetensors file."""
-    smoothing, names = found.smoothing, {}
-    tensors: dict[str, Tensor] = {}
-    for part, of_weights in (
-        ("columns", smoothing.columns), ("rows", smoothing.rows), ("migration", smoothing.migration),
-    ):  # fmt: skip
-        names[part] = json.dumps([[w.name, w.transposed, w.index, w.slices] for w in of_weights])
-        tensors |= {f"{part}.{i}": _copied(vector) for i, vector in enumerate(of_weights.values())}
-    changed = {name: found.block.get_parameter(name).detach() for name in sorted(smoothing.changed)}
-    for part, by_name in (("changed", changed), ("refined", found.refined)):
-        names[part] = json.dumps(list(by_name))
-        tensors |= {f"{part}.{i}": _copied(vector) for i, vector in enumerate(by_name.values())}
-    return bytes(save(tensors, names))
+def _record_as_bytes(result: BlockResult) -> bytes:
+    """All that smoothing and refining did to a block, beside its codes, as a safetensors file."""
+    smoothing = result.smoothing
+    by_weight = {"columns": smoothing.columns, "rows": smoothing.rows, "migration": smoothing.migration}
+    keys: dict[str, list[Any]] = {
+        part: [[w.name, w.transposed, w.index, w.slices] for w in vectors]
+        for part, vectors in by_weight.items()
+    }
+    by_name: dict[str, Mapping[str, Tensor]] = {"vectors": smoothing.vectors, "refined": result.refined}
+    keys |= {part: list(vectors) for part, vectors in by_name.items()}
+    everything: dict[str, Mapping[Any, Tensor]] = {**by_weight, **by_name}
+    tensors = {
+        f"{part}.{i}": _copied(vector)
+        for part, vectors in everything.items()
+        for i, vector in enumerate(vectors.values())
+    }
+    return bytes(save(tensors, {part: json.dumps(names) for part, names in keys.items()}))
 
 
 def _copied(tensor: Tensor) -> Tensor:

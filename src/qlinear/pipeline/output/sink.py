@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ...checkpoint.reader import Checkpoint
-from ..block_state import Findings, Layer
+from ..block import BlockResult, Layer
 from ..smoothing import Smoothing
 
 
@@ -50,11 +50,9 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class BlockRecord:
-    """What a finished block was left with, beside its codes: the smoothing it had, its gains and biases as that left
-    them, and its vectors as refining did, both by their names in the block."""
+    """What a finished block became, beside its codes. refined: vectors that refining changed, by name in the block."""
 
     smoothing: Smoothing
-    changed: Mapping[str, Tensor]
     refined: Mapping[str, Tensor]
 
 
@@ -63,11 +61,13 @@ class Record(Protocol):
 
     done: Done
 
-    def record(self, found: Findings, layers: Sequence[Layer], warnings: Sequence[str], writer: Sink) -> None:
+    def record(
+        self, result: BlockResult, layers: Sequence[Layer], warnings: Sequence[str], sink: Sink
+    ) -> None:
         """A block is finished."""
 
     def record_of(self, block: str) -> BlockRecord:
-        """What a finished block was left with."""
+        """What a finished block became."""
 
     def flush(self) -> None:
         """Wait until what was recorded is on the disk."""
@@ -116,12 +116,14 @@ class NullJournal:
 
     done: Done
 
-    def record(self, found: Findings, layers: Sequence[Layer], warnings: Sequence[str], writer: Sink) -> None:
+    def record(
+        self, result: BlockResult, layers: Sequence[Layer], warnings: Sequence[str], sink: Sink
+    ) -> None:
         """Nothing is written down."""
 
     def record_of(self, block: str) -> BlockRecord:
         """Never possible."""
-        raise LookupError(f"what {block} was left with was not kept")
+        raise LookupError(f"what {block} became was not kept")
 
     def flush(self) -> None:
         """Nothing is on its way."""

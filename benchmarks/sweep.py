@@ -13,24 +13,25 @@ from functools import cache
 from typing import Any
 
 import torch
+from benchmarks.small_models import classes, small_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from qlinear.calibration.collect import absmax_of, calibrate
+from qlinear.algorithms import get_algorithm
+from qlinear.calibration.collect import calibrate
 from qlinear.errors import QLinearError
 from qlinear.formats.scheme import get_scheme
 from qlinear.nn import QLinear
-from qlinear.pipeline.group_statistics import group_scale
-from qlinear.pipeline.smoothing import Smoothing
+from qlinear.pipeline.block import Block, BlockStats
+from qlinear.pipeline.options import Options
+from qlinear.pipeline.quantize_block import quantize_block
 from qlinear.streaming.find_blocks import find_blocks, shared_parameters
 from qlinear.streaming.lanes import Lane, Lanes, batches_of
 from qlinear.tracing.folds import Fold, InputGroup, find_groups
 from qlinear.tracing.on_meta import weights_used_as_floats
 from qlinear.tracing.proof import find_and_prove_folds
-
-from .architectures import classes, small_model
 
 TOKENS = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(1))
 # What W8A8 is measured on: many more, for what few tokens lose is mostly chance.
@@ -177,41 +178,36 @@ def _smooth(model: PreTrainedModel, swept: Swept, multiplied: set[str]) -> dict[
         while (block := lanes.at) is not None and block is not head:
             name = names[id(block)]
             previous_folds, groups, vectors, unread = smooth_block(
-                block, list(lanes), previous_folds, shared[block]
+                name, block, list(lanes), previous_folds, shared[block]
             )
             swept.unread |= {f"{name}.{parameter}" for parameter in unread}
             if name not in visited:
                 _count(block, groups, swept, name)
             visited.add(name)
             grouped |= {f"{name}.{weight.name}" for group in groups for weight in group.weights}
-            for group, s in zip(groups, vectors, strict=True):
-                if group.fold is None:
-                    kept |= {block.get_submodule(weight.module): s for weight in group.weights}
+            kept |= vectors
     inside = tuple(f"{name}." for name in visited)
     swept.missed = {name for name in multiplied if name.startswith(inside)} - grouped - swept.unread
     return kept
 
 
 def smooth_block(
-    block: nn.Module, lanes: list[Lane], previous_folds: list[Fold], shared: frozenset[str]
-) -> tuple[list[Fold], list[InputGroup], list[Tensor], frozenset[str]]:
-    """Smooth a block as the job does, without rounding; returns the folds, all groups and their vectors, and what
-    could not be read."""
+    name: str, block: nn.Module, lanes: list[Lane], previous: list[Fold], shared: frozenset[str]
+) -> tuple[list[Fold], list[InputGroup], dict[nn.Module, Tensor], frozenset[str]]:
+    """Smooth a block with the job's own `quantize_block`, rounding nothing.
+
+    Returns the folds, all groups, the vectors that stay with linears, and the parameters that could not be read.
+    """
     probe, proof, *calibration = lanes
-    trace, folds = find_and_prove_folds(block, probe.waiting, proof.waiting, previous_folds, shared)
+    trace, folds = find_and_prove_folds(block, probe.waiting, proof.waiting, previous, shared)
     stats = calibrate(block, [*calibration, probe, proof], trace)
-    groups = find_groups(trace, folds)
-    smoothing = Smoothing()
-    vectors = []
-    for group in reversed(groups):
-        matrices = {w: smoothing.apply(w, w.of(block)) for w in group.weights}
-        vectors.append(group_scale(group, matrices, absmax_of(stats, group.weights), 0.5))
-        if group.fold is not None:
-            smoothing.fold(block, group.fold, vectors[-1], torch.float32)
-    for weight in {p.weight for p in trace.products if smoothing.touches(p.weight)}:
-        matrix = weight.of(block).detach()
-        matrix.copy_(smoothing.apply(weight, matrix))
-    return folds, groups, vectors[::-1], trace.unread
+    traced = Block(name, block, lambda key: torch.float32, tuple(find_groups(trace, folds)))
+    holders = frozenset(traced.full_name(weight) for weight in traced.weights() if weight.index is None)
+    options = Options(None, get_algorithm("rtn"), holders=holders)
+    result = quantize_block(traced, BlockStats(stats, is_measured=True), options)
+    result.smoothing.apply_to(block)
+    kept = {block.get_submodule(w.module): vector for w, vector in result.smoothing.migration.items()}
+    return folds, list(traced.groups), kept, trace.unread
 
 
 def _count(block: nn.Module, groups: list[InputGroup], swept: Swept, name: str) -> None:

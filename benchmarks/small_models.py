@@ -39,6 +39,15 @@ PER_LAYER = (
     "block_types",
     "attn_layers",
 )
+# Classes of which no small random instance can be built or run, with the reason.
+CANNOT_BUILD = {
+    "Dots3Note": "the widths of its vision and audio adapters are fixed; its text model, Dots3NoteText, is here",
+    "Gemma3n": "its vision tower needs timm and Pillow; its text model, Gemma3nText, is here",
+    "Gemma4Assistant": "drafts for another model, and reads that one's keys and values",
+    "Gemma4UnifiedAssistant": "drafts for another model, and reads that one's keys and values",
+    "Musicgen": "transformers maps the config of the whole to the class of its decoder, which refuses it",
+    "MusicgenMelody": "transformers maps the config of the whole to the class of its decoder, which refuses it",
+}
 LARGEST = 30_000_000
 
 # What a class needs besides, or can't take: None drops a size.
