@@ -3,8 +3,8 @@
     python -m benchmarks.architectures [NAME ...]
 
 Each class is a tiny random instance, smoothed in memory by the job's own `quantize_block` (benchmarks/sweep.py). The
-columns: the relative difference of the smoothed model's logits; how many of the weights in its blocks fold, nn.Linears and others (experts,
-Conv1D, raw parameters) apart; the error of the logits in W8A8 without smoothing, and with it; seconds.
+columns: the relative difference of the smoothed model's logits; how many weights of its blocks fold, nn.Linears and
+others (experts, Conv1D, raw parameters) apart; the error of the logits in W8A8 without smoothing, and with it; seconds.
 """
 
 import sys
