@@ -32,13 +32,23 @@ LAYERS = 4
 
 
 def measure(cases: dict[str, Case], rounds: int) -> dict[str, float]:
-    """Milliseconds of a call of each case: lower quartile over rounds in which each took its turn."""
+    """Milliseconds per call of each case: lower quartile over rounds."""
+    return {name: statistics.quantiles(taken, n=4)[0] for name, taken in times_of(cases, rounds).items()}
+
+
+def times_of(cases: dict[str, Case], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds per call of each case in each round; in a round, the cases take turns."""
     times: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(rounds):
         for name, case in cases.items():
             ring(case)
             times[name].append(1000 * ring(case) / len(case))
-    return {name: statistics.quantiles(taken, n=4)[0] for name, taken in times.items()}
+    return times
+
+
+def ratio(a: list[float], b: list[float]) -> float:
+    """The median over rounds of a / b: both of a pair see the same state of the machine."""
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
 def ring(case: Case) -> float:
@@ -111,13 +121,13 @@ def table_of_layers(size: int, rounds: int) -> None:
 
 
 def table_of_four_bits(size: int, rounds: int) -> None:
-    """4-bit weights in groups of 128, multiplied as they are, beside dequantizing all of them on every call."""
+    """4-bit weights in groups of 128, compared with dequantizing the whole weight on every call, and with float."""
     print(f"\n4-bit weights, K = N = {size}, bfloat16 in and out, milliseconds")
     torch.manual_seed(0)
     linears = [nn.Linear(size, size, dtype=torch.bfloat16) for _ in range(LAYERS)]
     single = [copy.deepcopy(linear).float() for linear in linears]
     w4a16, w4a8 = ([QLinear.from_float(linear, scheme) for linear in linears] for scheme in ("w4a16", "w4a8"))
-    for rows in (1, 8, 64, 512):
+    for rows in (1, 8, 32, 40, 41, 64, 128, 512):
         x = torch.randn(rows, size, dtype=torch.bfloat16)
         cases = {
             "QLinear w4a16": on(x, w4a16),
@@ -126,7 +136,8 @@ def table_of_four_bits(size: int, rounds: int) -> None:
             "bf16 F.linear": on(x, linears),
             "fp32 F.linear": on(x.float(), single),
         }
-        taken = measure(cases, max(3, rounds // 4))
+        times = times_of(cases, max(4, rounds // 4))
+        taken = {name: statistics.quantiles(values, n=4)[0] for name, values in times.items()}
         if rows == 1:
             ratios = ("dequantized", "bf16 F.linear", "fp32 F.linear")
             print(
@@ -134,7 +145,7 @@ def table_of_four_bits(size: int, rounds: int) -> None:
             )
             print("|---" * (len(taken) + len(ratios) + 1) + "|")
         figures = [f" {milliseconds:.2f} |" for milliseconds in taken.values()]
-        figures += [f" {taken[name] / taken['QLinear w4a16']:.2f} |" for name in ratios]
+        figures += [f" {ratio(times[name], times['QLinear w4a16']):.2f} |" for name in ratios]
         print(f"| {rows} |" + "".join(figures), flush=True)
 
 

@@ -119,6 +119,8 @@ def engine(request: pytest.FixtureRequest) -> str:
     indirect=["engine"],
 )
 def test_it_agrees_with_torchs_own_to_at_most_one_code(engine: str, dtype: torch.dtype) -> None:
+    if engine == "onednn" and not onednn_product.is_exact():
+        pytest.skip("torch's sums saturate on this processor")
     before = torch.backends.quantized.engine
     torch.backends.quantized.engine = engine
     equal = total = 0

@@ -72,21 +72,32 @@ def spread(layer: WeightOnlyLayer, per_tile: Tensor) -> Tensor:
     return per_tile.double().repeat_interleave(layer.weight.shape[1] // per_tile.shape[1], 1)
 
 
-@needs_int4
-@settings(max_examples=60)
-@given(layer=layers())
-def test_four_bit_products_are_exact_up_to_the_rounding_of_bfloat16(layer: WeightOnlyLayer) -> None:
-    assert torch_int4.fits(layer.x, layer.weight, layer.scale)
-    error = (layer().double() - layer.x.double() @ layer.matrix.double().T).abs()
-    assert bool((error <= limit(layer)).all())
-
-
 @contextmanager
 def native_products(*dtypes: torch.dtype) -> Iterator[None]:
     """Context manager: the layer computes as on a processor with native products in these half dtypes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weight_only, "multiplies_in", lambda dtype: dtype in dtypes)
+        for module in (weight_only, torch_int4):
+            patch.setattr(module, "has_native_products", lambda dtype, device: dtype in dtypes)
         yield
+
+
+@needs_int4
+@settings(max_examples=60)
+@given(layer=layers())
+def test_four_bit_products_are_exact_up_to_the_rounding_of_bfloat16(layer: WeightOnlyLayer) -> None:
+    with native_products():  # where the kernel takes the most rows
+        assert torch_int4.fits(layer.x, layer.weight, layer.scale)
+        error = (layer().double() - layer.x.double() @ layer.matrix.double().T).abs()
+    assert bool((error <= limit(layer)).all())
+
+
+@needs_int4
+@pytest.mark.parametrize(("native", "most"), [((), 64), ((torch.bfloat16,), 40)])
+def test_more_rows_than_pay_off_are_dequantized(native: tuple[torch.dtype, ...], most: int) -> None:
+    with native_products(*native):
+        for rows in (most, most + 1):
+            layer = WeightOnlyLayer(rows, 64, 16, 32, False, 0)
+            assert torch_int4.fits(layer.x, layer.weight, layer.scale) == (rows == most)
 
 
 # The half dtypes that a processor multiplies natively; products in the others are computed in float32.
@@ -152,10 +163,10 @@ def test_the_error_in_a_half_dtype_is_at_most_twice_that_of_the_reference(
     out=st.integers(1, 30),
     parts=st.integers(1, 3),
     storage=st.sampled_from([torch.int8, torch.float8_e4m3fn]),
-    chunk=st.integers(1, 1000),
+    tile=st.integers(1, 1000),
 )
 def test_a_weight_that_is_dequantized_in_pieces_is_the_whole(
-    out: int, parts: int, storage: torch.dtype, chunk: int
+    out: int, parts: int, storage: torch.dtype, tile: int
 ) -> None:
     generator = torch.Generator().manual_seed(out)
     weight = torch.randint(-100, 100, (out, 24 * parts), generator=generator).float().to(storage)
@@ -164,7 +175,7 @@ def test_a_weight_that_is_dequantized_in_pieces_is_the_whole(
     x = torch.randn(2, 3, 24 * parts, generator=generator)
     arguments = (x, weight, scale, None, migration, bias, 8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weight_only, "_CHUNK", chunk)
+        patch.setattr(weight_only, "_TILE", tile)
         y = ops.weight_only_linear(*arguments)
     torch.testing.assert_close(y, reference.weight_only_linear(*arguments), rtol=1e-5, atol=1e-3)
 

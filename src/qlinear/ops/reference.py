@@ -147,7 +147,16 @@ def static_linear(
 
 def dequantized(weight: Tensor, weight_scale: Tensor, weight_zero_point: Tensor | None) -> Tensor:
     """(weight - zero point) * scale (out, in) in float32, a scale and zero point per part of a row (out, parts)."""
-    values, parts = weight.float(), weight_scale.shape[-1]
+    return dequantize_into(
+        weight.new_empty(weight.shape, dtype=torch.float32), weight, weight_scale, weight_zero_point
+    )
+
+
+def dequantize_into(
+    buffer: Tensor, weight: Tensor, weight_scale: Tensor, weight_zero_point: Tensor | None
+) -> Tensor:
+    """`dequantized`, in the first rows of `buffer` (at least out, in) float32."""
+    values, parts = buffer[: len(weight)].copy_(weight), weight_scale.shape[-1]
     tiles = values.view(len(values), parts, values.shape[1] // parts)
     if weight_zero_point is not None:
         tiles -= weight_zero_point.reshape(-1, parts, 1)

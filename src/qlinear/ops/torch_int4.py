@@ -16,11 +16,14 @@ from torch import Tensor
 
 from ..formats.rounding import dequantize
 from ..formats.scheme import TensorFormat
+from ..runtime.device import has_native_products
 from .pack_cache import PackCache
 
 GROUP_SIZES = (256, 128, 64, 32)
-# Each row of input costs the kernels as much as the one before; from here on it is cheaper to dequantize the weight.
-MAX_ROWS = 64
+# The kernels' time is proportional to the rows of input, the time to dequantize a weight is constant. The most rows for
+# which the kernel is faster, on two cores with 4096 x 4096 and 2048 x 5632: 38 to 43 with native bfloat16 products.
+_MAX_ROWS = 64
+_MAX_ROWS_NATIVE = 40
 # `out` must be a multiple of this.
 _OUTPUTS = {"cpu": 16, "cuda": 8}
 _CUDA_TILES = (8, 4, 2)  # of 16 input channels each
@@ -31,11 +34,17 @@ _packed = PackCache()
 def fits(x: Tensor, weight: Tensor, weight_scale: Tensor) -> bool:
     """Whether the kernel of its device takes x (rows, in), codes (out, in) and scales (out, groups)."""
     out, width = weight.shape
-    if x.dtype != torch.bfloat16 or not 0 < len(x) <= MAX_ROWS or not weight.numel():
+    if x.dtype != torch.bfloat16 or not 0 < len(x) <= max_rows(x.device) or not weight.numel():
         return False
     if group_size(weight, weight_scale) is None or x.device.type not in _OUTPUTS:
         return False
     return out % _OUTPUTS[x.device.type] == 0 and width % 32 == 0 and works(x.device)
+
+
+def max_rows(device: torch.device) -> int:
+    """The most rows for which the kernel is faster than dequantizing the weight."""
+    is_native = device.type == "cpu" and has_native_products(torch.bfloat16, device)
+    return _MAX_ROWS_NATIVE if is_native else _MAX_ROWS
 
 
 def group_size(weight: Tensor, weight_scale: Tensor) -> int | None:

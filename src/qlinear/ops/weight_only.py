@@ -2,7 +2,8 @@
 
 A 4096 × 4096 weight takes 64 MB in float32. Dequantized whole, it would be written to memory and read back on every
 call, which costs several times the product with one token. So a few rows at a time are dequantized, multiplied and
-dropped. Where torch has a product with the 4-bit codes themselves (`torch_int4`), few tokens go there.
+dropped. Where torch has a product with the 4-bit codes themselves (`torch_int4`), few tokens go there. Its time grows
+with every row of input, which the time to dequantize does not.
 """
 
 import math
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..runtime.device import has_native_products
 from . import reference, torch_int4
 
 # Elements of a tile's float32 copy: enough rows for an efficient product, few enough for the cache.
-_CHUNK = 1 << 20
+_TILE = 1 << 20
 
 
 def weight_only_linear(
@@ -33,32 +35,27 @@ def weight_only_linear(
         y = torch_int4.linear(rows, weight, weight_scale, weight_zero_point)
         y = y if bias is None else (y + bias.float()).to(x.dtype)
     elif x.is_cpu:
-        y = _in_chunks(rows, weight, weight_scale, weight_zero_point, bias)
+        y = _in_tiles(rows, weight, weight_scale, weight_zero_point, bias)
     else:
         y = reference.weight_only_linear(rows, weight, weight_scale, weight_zero_point, None, bias, bits)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _in_chunks(
+def _in_tiles(
     x: Tensor, weight: Tensor, weight_scale: Tensor, weight_zero_point: Tensor | None, bias: Tensor | None
 ) -> Tensor:
     """The layer on x (rows, in), some outputs at a time, in x's dtype if the processor has native products in it."""
-    dtype = x.dtype if x.dtype.itemsize > 2 or multiplies_in(x.dtype) else torch.float32
+    dtype = x.dtype if x.dtype.itemsize > 2 or has_native_products(x.dtype, x.device) else torch.float32
     inputs, out = x.to(dtype), x.new_empty(len(x), len(weight))
-    count = max(1, _CHUNK // max(1, weight.shape[1]))
-    for start in range(0, len(weight), count):
+    tiles = -(-weight.numel() // _TILE)
+    count = -(-len(weight) // max(1, tiles))
+    # One buffer for all tiles stays in cache, and its pages are faulted in once.
+    single = weight.new_empty(count, weight.shape[1], dtype=torch.float32)
+    matrix = single if dtype == torch.float32 else torch.empty_like(single, dtype=dtype)
+    for start in range(0, len(weight), max(1, count)):
         part = slice(start, start + count)
         zeros = None if weight_zero_point is None else weight_zero_point[part]
-        matrix = reference.dequantized(weight[part], weight_scale[part], zeros).to(dtype)
-        out[:, part] = F.linear(inputs, matrix, None if bias is None else bias[part].to(dtype))
+        values = reference.dequantize_into(single, weight[part], weight_scale[part], zeros)
+        tile = values if matrix is single else matrix[: len(values)].copy_(values)
+        out[:, part] = F.linear(inputs, tile, None if bias is None else bias[part].to(dtype))
     return out
-
-
-def multiplies_in(dtype: torch.dtype) -> bool:
-    """Whether this processor has native matrix products in a half dtype, instead of emulating them in float32."""
-    has = torch.cpu.get_capabilities()
-    native = {
-        torch.bfloat16: has.get("amx_bf16") or has.get("avx512_bf16") or has.get("bf16"),
-        torch.float16: has.get("amx_fp16") or has.get("fp16"),
-    }
-    return bool(native.get(dtype))

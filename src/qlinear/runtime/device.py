@@ -5,6 +5,7 @@ work on the preceding one: it runs on a stream of its own, from pinned memory. T
 filled from the file while the other is copied to the device.
 """
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -64,11 +65,23 @@ def _index(device: torch.device) -> int:
     return int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
 
 
-def computes_in(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether an accelerator has native matrix products in a half dtype."""
+def has_native_products(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the device has native matrix products in a half dtype, instead of emulating them in float32."""
+    if device.type == "cpu":
+        return _cpu_has_native_products(dtype)
     if dtype == torch.bfloat16:
         return bool(torch.get_device_module(device).is_bf16_supported(including_emulation=False))
     return dtype == torch.float16
+
+
+@functools.cache
+def _cpu_has_native_products(dtype: torch.dtype) -> bool:
+    has = torch.cpu.get_capabilities()
+    native = {
+        torch.bfloat16: has.get("amx_bf16") or has.get("avx512_bf16") or has.get("bf16"),
+        torch.float16: has.get("amx_fp16") or has.get("fp16"),
+    }
+    return bool(native.get(dtype))
 
 
 def moved(value: Any, device: torch.device) -> Any:

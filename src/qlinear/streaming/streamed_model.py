@@ -18,8 +18,7 @@ from ..checkpoint.reader import Checkpoint
 from ..errors import CheckpointError
 from ..formats.scheme import Scheme
 from ..nn import QLinear, SmoothedLinear
-from ..ops.weight_only import multiplies_in
-from ..runtime.device import CPU, computes_in, within_memory
+from ..runtime.device import CPU, has_native_products, within_memory
 from .diagnose import diagnosing
 from .find_blocks import find_blocks
 from .lanes import Lanes
@@ -282,8 +281,7 @@ def _replace_transposed(model: nn.Module, schemes: Mapping[str, Scheme]) -> None
 
 def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype to compute in: the stored one where the device multiplies in it natively, else float32."""
-    is_native = multiplies_in(stored) if device == CPU else computes_in(stored, device)
-    return stored if is_native else torch.float32
+    return stored if has_native_products(stored, device) else torch.float32
 
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:
