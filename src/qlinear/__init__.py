@@ -3,7 +3,7 @@
 The rooms, from the bottom of the house to the top; a module imports from its own room and from those before it:
 
     runtime/        what the machine gives: device, distributed, memory, threads
-    formats/        what a number means, and for which weights: scheme, rounding, packing, name_patterns
+    formats/        what a number means, and for which weights: scheme, scales, rounding, finite, packing, name_patterns
     ops/            kernels behind one signature, the only room that knows the hardware: reference, cpu_int8,
                     onednn_product, torch_int4, weight_only, fused_quantize, pack_cache
     nn/             the layer as modules: qlinear, linear_state, qat, norms, smoothed_linear, tensor_parallel,

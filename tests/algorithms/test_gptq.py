@@ -19,18 +19,21 @@ from qlinear.algorithms.parts.cholesky import factorize
 from qlinear.algorithms.parts.coordinate_descent import row_losses
 from qlinear.errors import NumericsError, SchemeError
 from qlinear.formats.rounding import quantize_tensor
-from qlinear.formats.scheme import Scheme, TensorFormat
+from qlinear.formats.scales import storable_scale
+from qlinear.formats.scheme import SCHEMES, Scheme, TensorFormat
 from qlinear.runtime.threads import CoreThreads
 
-SCHEMES = [
+EXAMPLES = [
     Scheme("int8", TensorFormat("int8", "channel")),
     Scheme("int4", TensorFormat("int4", "group", group_size=16)),
     Scheme("int4-asym", TensorFormat("int4", "group", group_size=16, symmetric=False)),
     Scheme("int4-channel", TensorFormat("int4", "channel")),
     Scheme("fp8-block", TensorFormat("float8_e4m3fn", "block", block_size=(8, 16))),
     Scheme("int8-tensor", TensorFormat("int8", "tensor")),
+    Scheme("nvfp4", SCHEMES["nvfp4a16"].weight),
+    Scheme("mxfp4", replace(SCHEMES["mxfp4a16"].weight, group_size=16)),
 ]
-every_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
+every_scheme = pytest.mark.parametrize("scheme", EXAMPLES, ids=lambda scheme: scheme.name)
 
 
 def inputs(seed: int, columns: int, rank: int, tokens: int = 256, spread: float = 1.0) -> Tensor:
@@ -121,7 +124,7 @@ def paper(
     return codes, exact
 
 
-@pytest.mark.parametrize("scheme", SCHEMES[1:3], ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize("scheme", EXAMPLES[1:3], ids=lambda scheme: scheme.name)
 @pytest.mark.parametrize("columns", [32, 96, 208])
 @pytest.mark.usefixtures("extremes")
 def test_its_codes_are_those_of_the_paper(
@@ -179,7 +182,7 @@ def test_the_factor_multiplies_as_the_moment_does(width: int, tokens: int, seed:
 def test_channels_that_were_always_zero_are_rounded_to_nearest() -> None:
     x = inputs(5, 64, rank=4)
     x[:, 10:20] = 0
-    weight, scheme = weight_of(5, 24, 64), SCHEMES[0]
+    weight, scheme = weight_of(5, 24, 64), EXAMPLES[0]
     result = result_of(weight, scheme, hessian_of(x))
     nearest = quantize_tensor(weight, scheme.weight)
     assert torch.equal(result.weight.codes[:, 10:20], nearest.codes[:, 10:20])
@@ -212,10 +215,10 @@ def test_moments_beyond_repair_are_said_to_be_so() -> None:
     hessian = torch.eye(32) - 3 * (1 - torch.eye(32))
     assert factorize(hessian) is None
     weight = weight_of(0, 8, 32)
-    result = result_of(weight, SCHEMES[0], hessian)
+    result = result_of(weight, EXAMPLES[0], hessian)
     assert result.fell_back
     assert result.rows_kept == 8
-    assert torch.equal(result.weight.codes, quantize_tensor(weight, SCHEMES[0].weight).codes)
+    assert torch.equal(result.weight.codes, quantize_tensor(weight, EXAMPLES[0].weight).codes)
 
 
 def test_damping_does_not_depend_on_the_sizes_of_channels() -> None:
@@ -249,7 +252,9 @@ def test_any_shape_comes_back_as_it_went_in(scheme: Scheme, rows: int, tiles: in
     assert found.codes.is_contiguous()
     assert found.codes.dtype == scheme.weight.storage
     assert found.scale.shape == scheme.weight.scale_shape(weight.shape)
-    assert torch.equal(found.scale, found.scale.bfloat16().float())
+    assert torch.equal(
+        found.scale, storable_scale(found.scale, found.format, torch.bfloat16, found.global_scale)
+    )
     assert low <= float(found.codes.float().min()) <= float(found.codes.float().max()) <= high
 
 
@@ -272,7 +277,7 @@ def on_cores(count: int) -> Iterator[CoreThreads]:
         yield CoreThreads(pool, count)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize("scheme", EXAMPLES, ids=lambda scheme: scheme.name)
 @pytest.mark.parametrize(("at_once", "cores"), [(1, 1), (5 * 48, 1), (1 << 20, 1), (1 << 20, 3), (9 * 48, 2)])
 def test_weights_of_a_group_come_out_as_each_alone(
     scheme: Scheme, at_once: int, cores: int, monkeypatch: pytest.MonkeyPatch
@@ -281,6 +286,8 @@ def test_weights_of_a_group_come_out_as_each_alone(
     monkeypatch.setattr(gptq, "on_each_core_or_here", lambda device, max_threads: on_cores(cores))
     hessian = hessian_of(inputs(3, 48, rank=6))
     weights = {name: weight_of(i, rows, 48) for i, (name, rows) in enumerate((("q", 16), ("k", 7), ("v", 1)))}
+    for weight in weights.values():
+        weight[0, 0] = 6.0  # what is shared by all weights, as global scales are, each has alone, too
     together = quantize_columns(group_of(weights, scheme, hessian))
     for name, weight in weights.items():
         alone = result_of(weight, scheme, hessian)
@@ -292,8 +299,8 @@ def test_weights_of_a_group_come_out_as_each_alone(
 
 def test_weights_that_train_are_rounded_like_others() -> None:
     weight, hessian = weight_of(5, 12, 48), hessian_of(inputs(5, 48, rank=6))
-    expected = result_of(weight, SCHEMES[1], hessian).weight
-    found = result_of(weight.requires_grad_(), SCHEMES[1], hessian).weight
+    expected = result_of(weight, EXAMPLES[1], hessian).weight
+    found = result_of(weight.requires_grad_(), EXAMPLES[1], hessian).weight
     assert torch.equal(found.codes, expected.codes)
     assert not found.scale.requires_grad
 
@@ -302,14 +309,14 @@ def test_mistakes_are_named() -> None:
     weight, hessian = torch.ones(4, 32), torch.eye(32)
     broken = torch.where(torch.arange(128).view(4, 32) == 40, torch.nan, weight)
     with pytest.raises(NumericsError, match=r"q_proj holds 1 NaN"):
-        quantize_columns(group_of({"q_proj": broken}, SCHEMES[0], hessian))
+        quantize_columns(group_of({"q_proj": broken}, EXAMPLES[0], hessian))
     with pytest.raises(NumericsError, match=r"second moment of q_proj holds 1024 NaN"):
         factorize(hessian * torch.nan, name="q_proj")
     with pytest.raises(
         NumericsError, match=r"hessian must be \(in, in\) of q_proj \(4, 32\); got \(16, 16\)"
     ):
-        quantize_columns(group_of({"q_proj": weight}, SCHEMES[0], torch.eye(16)))
+        quantize_columns(group_of({"q_proj": weight}, EXAMPLES[0], torch.eye(16)))
     with pytest.raises(NumericsError, match="second moments of the input of q_proj; the group has none"):
-        quantize_columns(replace(group_of({"q_proj": weight}, SCHEMES[0], hessian), hessian=None))
+        quantize_columns(replace(group_of({"q_proj": weight}, EXAMPLES[0], hessian), hessian=None))
     with pytest.raises(SchemeError, match="not divisible by group_size 16"):
-        quantize_columns(group_of({"w": torch.ones(4, 20)}, SCHEMES[1], torch.eye(20)))
+        quantize_columns(group_of({"w": torch.ones(4, 20)}, EXAMPLES[1], torch.eye(20)))

@@ -7,17 +7,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qlinear.errors import NumericsError, SchemeError
+from qlinear.formats.finite import require_finite
 from qlinear.formats.rounding import (
     QuantizedTensor,
     choose_qparams,
     dequantize,
     fake_quantize_input,
+    nearest_steps_,
     qparams_from_range,
     quantize,
     quantize_tensor,
-    require_finite,
 )
-from qlinear.formats.scheme import TensorFormat
+from qlinear.formats.scales import storable_scale
+from qlinear.formats.scheme import SCHEMES, TensorFormat
 
 INTEGER_FORMATS = [
     TensorFormat(dtype, granularity, group_size=group, block_size=block, symmetric=symmetric)  # type: ignore[arg-type]
@@ -239,15 +241,25 @@ def test_decoding_is_what_the_formula_says(x: Tensor, fmt: TensorFormat) -> None
     assert torch.equal(dequantize(quantized.codes, quantized.scale, quantized.zero_point, fmt), expected)
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_rows_and_stacks_are_those_of_the_numbers(symmetric: bool) -> None:
-    fmt = TensorFormat("int4", "group", group_size=16, symmetric=symmetric)
+@pytest.mark.parametrize(
+    "fmt",
+    [
+        TensorFormat("int4", "group", group_size=16),
+        TensorFormat("int4", "group", group_size=16, symmetric=False),
+        SCHEMES["nvfp4"].weight,
+    ],
+    ids=["symmetric", "asymmetric", "nvfp4"],
+)
+def test_rows_and_stacks_are_those_of_the_numbers(fmt: TensorFormat) -> None:
     x = torch.randn(3, 10, 32)
     members = [quantize_tensor(matrix, fmt) for matrix in x]
     stack = QuantizedTensor.stack(members)
-    assert torch.equal(stack.dequantize(), quantize_tensor(x, fmt).dequantize())
+    assert torch.equal(stack.dequantize(), torch.stack([member.dequantize() for member in members]))
     for member, unstacked in zip(members, stack.unstack(), strict=True):
         assert torch.equal(unstacked.dequantize(), member.dequantize())
+        assert (unstacked.global_scale is None) == (member.global_scale is None)
+        if unstacked.global_scale is not None and member.global_scale is not None:
+            assert torch.equal(unstacked.global_scale, member.global_scale)
     parts = [members[0].rows(slice(0, 4)), members[0].rows(slice(4, 10))]
     assert torch.equal(QuantizedTensor.concatenate(parts).dequantize(), members[0].dequantize())
     assert torch.equal(members[0].rows(slice(None, None, 3)).dequantize(), members[0].dequantize()[::3])
@@ -268,3 +280,43 @@ def test_an_input_is_rounded_as_its_codes_say(dtype: torch.dtype) -> None:
     expected = dequantize(quantize(x, scale, zero_point, fmt), scale, zero_point, fmt)
     assert torch.equal(fake_quantize_input(x, fmt), expected)
     assert torch.equal(fake_quantize_input(x, fmt, scale, zero_point), expected)
+
+
+E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+
+
+@given(values=st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=40))
+def test_e2m1_codes_are_the_nearest_of_sixteen_values(values: list[float]) -> None:
+    x, fmt = torch.tensor(values), SCHEMES["mxfp4a16"].weight
+    grid = torch.tensor([sign * value for value in E2M1 for sign in (1.0, -1.0)])
+    rounded = nearest_steps_(x.clone(), None, fmt)
+    assert bool(torch.isin(rounded, grid).all())
+    nearest = (x.unsqueeze(1) - grid).abs().amin(1)
+    # Halves are exact in float32, so the error of a nearest value is known exactly.
+    assert torch.equal((x - rounded).abs(), nearest)
+
+
+def test_e2m1_ties_go_to_the_even_mantissa() -> None:
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    expected = torch.tensor([0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0])
+    for sign in (1, -1):
+        assert torch.equal(nearest_steps_(sign * ties, None, SCHEMES["nvfp4"].weight), sign * expected)
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "mxfp8"])
+@given(exponent=st.floats(-30, 30), seed=st.integers(0, 999))
+def test_stored_scales_do_not_move_when_they_are_stored_again(name: str, exponent: float, seed: int) -> None:
+    fmt = SCHEMES[name].weight
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(seed)) * 10.0**exponent
+    first = quantize_tensor(x, fmt)
+    assert torch.equal(storable_scale(first.scale, fmt, global_scale=first.global_scale), first.scale)
+    assert bool((first.scale > 0).all())
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "mxfp8"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_formats_with_stored_scales_name_what_is_not_finite(name: str, bad: float) -> None:
+    x = torch.randn(4, 64)
+    x[1, 40] = bad
+    with pytest.raises(NumericsError, match="q_proj holds 1 NaN or infinite of 256"):
+        quantize_tensor(x, SCHEMES[name].weight, "q_proj")

@@ -66,3 +66,14 @@ def test_a_preset_is_found_by_its_name_and_a_scheme_is_itself(name: str) -> None
     assert SCHEMES[name].name == name
     own = Scheme("own", TensorFormat("int8", "tensor"))
     assert get_scheme(own) is own
+
+
+@pytest.mark.parametrize(("name", "size"), [("nvfp4", 16), ("mxfp4", 32), ("mxfp8", 32)])
+def test_formats_with_stored_scales_have_one_a_group(name: str, size: int) -> None:
+    scheme = get_scheme(name)
+    assert scheme.weight.scale_shape((1024, 512)) == (1024, 512 // size)
+    assert scheme.activation is not None
+    assert scheme.activation.scale_shape((2, 7, 512)) == (2, 7, 512 // size)
+    assert scheme.is_static == (name == "nvfp4")
+    with pytest.raises(SchemeError, match=f"not divisible by group_size {size}"):
+        scheme.weight.scale_shape((8, 40))

@@ -12,7 +12,7 @@ Clipping (section 3.2)
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -75,9 +75,12 @@ class Awq(Algorithm):
 
 def _clip(name: str, weight: Tensor, group: Group, hessians: Tensor, x: Tensor) -> Clipped:
     fmt = group.scheme.weight
-    nearest = quantize_tensor(weight, fmt, name, group.scale_dtype)
-    scale, zero_point = least_error_qparams(weight, fmt, hessians, group.scale_dtype)
-    clipped = QuantizedTensor(quantize(weight, scale, zero_point, fmt), scale, zero_point, fmt)
+    stored = group.scale_dtype, group.global_scale
+    nearest = quantize_tensor(weight, fmt, name, *stored)
+    scale, zero_point = least_error_qparams(weight, fmt, hessians, *stored)
+    clipped = replace(
+        nearest, codes=quantize(weight, scale, zero_point, fmt), scale=scale, zero_point=zero_point
+    )
     exact = group.sample @ weight.T
     rtn_error, error = (
         float((x @ quantized.dequantize().T).sub_(exact).square_().sum()) for quantized in (nearest, clipped)

@@ -15,7 +15,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from ..formats.rounding import QuantizedTensor, fake_quantize_input, qparams_from_range
+from ..formats.rounding import QuantizedTensor, fake_quantize_input, input_qparams
+from ..formats.scales import global_scale_of
 from ..formats.scheme import Scheme
 
 Need = Literal["hessian", "sample", "rounded_input"]
@@ -64,6 +65,15 @@ class Group:
     rounded_input: tuple[RoundedInput, RoundedInput] | None = None
 
     @property
+    def global_scale(self) -> Tensor | None:
+        """The divisor (1,) of stored scales, if the format has one; shared, because engines merge the weights."""
+        if not self.scheme.weight.has_global_scale:
+            return None
+        return global_scale_of(
+            torch.stack([torch.maximum(w.amax(), -w.amin()) for w in self.weights.values()]).amax()
+        )
+
+    @property
     def absmax(self) -> Tensor:
         """The largest magnitude of each channel of x (in,)."""
         return torch.maximum(self.high, -self.low)
@@ -105,8 +115,7 @@ class Group:
             return x
         if fmt.dynamic:
             return fake_quantize_input(x, fmt)
-        low, high = self.low.min().view(1), self.high.max().view(1)
-        return fake_quantize_input(x, fmt, *qparams_from_range(low, high, fmt))
+        return fake_quantize_input(x, fmt, *input_qparams(self.low.min(), self.high.max(), fmt))
 
 
 def _divided(low: Tensor, high: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,8 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericsError
-from ..formats.rounding import QuantizedTensor, choose_qparams, require_finite
+from ..formats.finite import require_finite
+from ..formats.rounding import QuantizedTensor, choose_qparams
 from ..formats.scheme import TensorFormat
 from ..runtime.threads import on_each_core_or_here
 from .base import Algorithm, Codes, Group
@@ -115,14 +116,14 @@ def quantize_columns(group: Group, damping: float = DAMPING) -> dict[str, GptqRe
     both = None if halves is None else halves[0] + halves[1]
     hessian = _checked_hessian(group, group.hessian if both is None else both.hessian)
     factor = factorize(hessian, damping, first)
-    aims = group.weights
+    aims, global_scale = group.weights, group.global_scale
     if halves is not None and both is not None and factor is not None:
         aims = fit_to_rounded_input(group.weights, halves, both, factor)
 
     def quantize_stack(stack: Sequence[tuple[str, slice]]) -> tuple[QuantizedTensor, Tensor]:
         rows = _stacked(group.weights, stack)
         aim = rows if aims is group.weights else _stacked(aims, stack)
-        return _quantize_rows(rows, aim, group, hessian, factor)
+        return _quantize_rows(rows, aim, group, global_scale, hessian, factor)
 
     parts: dict[str, list[tuple[QuantizedTensor, int]]] = {name: [] for name in group.weights}
     most_threads = sum(len(weight) for weight in group.weights.values()) // _ROWS_PER_THREAD
@@ -189,25 +190,32 @@ def _stacked(weights: Mapping[str, Tensor], stack: Sequence[tuple[str, slice]]) 
 
 @torch.no_grad()  # set per thread: gradient mode is local to a thread
 def _quantize_rows(
-    weight: Tensor, aim: Tensor, group: Group, hessian: Tensor, factor: Factor | None
+    weight: Tensor,
+    aim: Tensor,
+    group: Group,
+    global_scale: Tensor | None,
+    hessian: Tensor,
+    factor: Factor | None,
 ) -> tuple[QuantizedTensor, Tensor]:
     """Codes of a weight (out, in), and which rows (out,) started from round to nearest.
 
     aim: (out, in), what the codes should come close to; the weight, or the weight fitted to rounded inputs.
+    global_scale: of all weights of the group.
     """
     fmt, targets = group.scheme.weight, aim.T.contiguous()
-    nearest = ColumnGrid.of(choose_qparams(weight, fmt, group.scale_dtype), fmt, weight.shape)
+    stored = group.scale_dtype, global_scale
+    nearest = ColumnGrid.of(choose_qparams(weight, fmt, *stored), fmt, weight.shape, *stored)
     steps = nearest.round_all_(_copied_columns(weight))
     if factor is None:
         return nearest.quantized(steps), torch.ones_like(weight[:, 0], dtype=torch.bool)
     rtn_losses = row_losses(nearest.values(steps).sub_(targets), hessian)
-    qparams = least_error_qparams(aim, fmt, hessian.diagonal(), group.scale_dtype, _RATIOS)
-    grid = ColumnGrid.of(qparams, fmt, weight.shape)
+    qparams = least_error_qparams(aim, fmt, hessian.diagonal(), *stored, ratios=_RATIOS)
+    grid = ColumnGrid.of(qparams, fmt, weight.shape, *stored)
     gradient, losses = _propagate_with_gradient(targets, factor, grid, out=steps)
     kept = losses > rtn_losses
     if fmt.granularity in ("tensor", "block"):  # rows share scales, so they are kept together
         kept = (losses.sum() > rtn_losses.sum()).expand_as(kept)
-    descent = Descent(targets, steps, gradient, grid, hessian, group.scale_dtype)
+    descent = Descent(targets, steps, gradient, grid, hessian)
     if bool(kept.any()):
         descent.restart(kept, nearest, nearest.round_all_(_copied_columns(weight)))
     descent.run(_SWEEPS)

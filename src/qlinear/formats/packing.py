@@ -4,7 +4,8 @@ Nothing is rounded here: unpack(pack(codes)) equals codes. Both layouts store a 
 words hold unsigned fields, the first in the least significant bits.
 
     pack_words   compressed-tensors   fields in order, along the last dimension, the last word padded with zeros
-    pack_awq     AWQ, GEMM version    eight 4-bit fields of a word in the order 0 2 4 6 1 3 5 7
+    pack_awq     AWQ, GEMM version    eight 4-bit fields of a word in the order 0 2 4 6 1 3 5 7 pack_e2m1
+    compressed-tensors   e2m1 values, two in a byte, the first in the low bits; sign bit, exponent, mantissa
 """
 
 import torch
@@ -42,6 +43,23 @@ def unpack_awq(words: Tensor) -> Tensor:
     place = [AWQ_ORDER.index(element) for element in range(8)]
     codes: Tensor = fields[..., place].flatten(-2).to(torch.int8)
     return codes - 8
+
+
+def pack_e2m1(codes: Tensor) -> Tensor:
+    """Pack e2m1 values, float8_e4m3fn (*, n), n even, into bytes, uint8 (*, n/2)."""
+    bits = codes.contiguous().view(torch.uint8)
+    size = bits & 0x7F
+    # From 1.0 (0x38) on, e4m3's bits without the lower two of its mantissa count as e2m1's do; below are ½ and 0.
+    nibbles = torch.where(size >= 0x38, (size >> 2) - 12, (size > 0).to(torch.uint8)) | ((bits >> 4) & 8)
+    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+
+
+def unpack_e2m1(packed: Tensor) -> Tensor:
+    """Unpack bytes, uint8 (*, w), to e2m1 values, float8_e4m3fn (*, 2w): the inverse of `pack_e2m1`."""
+    nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+    size = nibbles & 7
+    bits = torch.where(size >= 2, (size + 12) << 2, size * 0x30) | ((nibbles & 8) << 4)
+    return bits.view(torch.float8_e4m3fn)
 
 
 def _to_words(fields: Tensor, bits: int) -> Tensor:

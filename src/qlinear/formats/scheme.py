@@ -13,14 +13,15 @@ is a tile over the last two dimensions, so one rule gives the shape of the scale
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from ..errors import SchemeError
 
-DType = Literal["int8", "uint8", "int4", "float8_e4m3fn", "float8_e5m2"]
+DType = Literal["int8", "uint8", "int4", "float8_e4m3fn", "float8_e5m2", "float4_e2m1fn"]
+ScaleDType = Literal["float8_e4m3fn", "float8_e8m0fnu"]
 Granularity = Literal["tensor", "channel", "token", "group", "block"]
 
 _STORAGE = {
@@ -29,11 +30,14 @@ _STORAGE = {
     "int4": torch.int8,  # one code per byte in memory; `packing` puts eight into a word on disk
     "float8_e4m3fn": torch.float8_e4m3fn,
     "float8_e5m2": torch.float8_e5m2,
+    "float4_e2m1fn": torch.float8_e4m3fn,  # holds all sixteen values; `packing` puts two into a byte on disk
 }
 _INTEGER_RANGE = {"int8": (-128, 127), "uint8": (0, 255), "int4": (-8, 7)}
 # The symmetric scale is absmax / steps. int4 uses half a step more than its highest code: with the codes -8 ... 7 a
 # Gaussian group then has 11% less squared error than with 7.
-_STEPS = {"int8": 127.0, "uint8": 127.0, "int4": 7.5, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
+_STEPS = {
+    "int8": 127.0, "uint8": 127.0, "int4": 7.5, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0, "float4_e2m1fn": 6.0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,9 @@ class TensorFormat:
 
     dtype: of a code. granularity: which elements share a scale. group_size: elements along `in` per scale, for
     granularity "group". block_size: (out, in) of a tile, for granularity "block". symmetric: without a zero point.
-    dynamic: scales are computed from each input at run time (activations only).
+    dynamic: scales are computed from each input at run time (activations only). scale_dtype: what scales are stored in,
+    where the format defines it. "float8_e8m0fnu": powers of two. "float8_e4m3fn": e4m3, beside one float32 divisor per
+    tensor (see `scales`); of an activation that is not dynamic, the divisor alone is fixed by calibration.
 
     >>> TensorFormat("int8", "channel").scale_shape((1024, 512))
     (1024, 1)
@@ -56,6 +62,7 @@ class TensorFormat:
     block_size: tuple[int, int] | None = None
     symmetric: bool = True
     dynamic: bool = False
+    scale_dtype: ScaleDType | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in _STORAGE:
@@ -76,6 +83,8 @@ class TensorFormat:
             raise SchemeError("uint8 codes need a zero point: symmetric must be False")
         if not self.symmetric and self.is_float:
             raise SchemeError(f"{self.dtype} codes have no zero point: symmetric must be True")
+        if self.scale_dtype is not None and not self.symmetric:
+            raise SchemeError(f"scales in {self.scale_dtype} are symmetric: symmetric must be True")
 
     @property
     def is_float(self) -> bool:
@@ -85,7 +94,7 @@ class TensorFormat:
     @property
     def bits(self) -> int:
         """Bits of one code on disk."""
-        return 4 if self.dtype == "int4" else 8
+        return 4 if self.dtype in ("int4", "float4_e2m1fn") else 8
 
     @property
     def storage(self) -> torch.dtype:
@@ -103,6 +112,16 @@ class TensorFormat:
     def steps(self) -> float:
         """The divisor of the symmetric scale, absmax / steps."""
         return _STEPS[self.dtype]
+
+    @property
+    def largest_power(self) -> float:
+        """The largest power of two that is a code."""
+        return 2.0 ** math.floor(math.log2(self.code_range[1]))
+
+    @property
+    def has_global_scale(self) -> bool:
+        """Whether stored scales are relative to one float32 divisor per tensor."""
+        return self.scale_dtype == "float8_e4m3fn"
 
     def tile(self, shape: Sequence[int]) -> tuple[int, int]:
         """Rows and columns, over the last two dimensions of `shape`, that share one scale.
@@ -148,6 +167,11 @@ class Scheme:
         return self.activation is not None and not self.activation.dynamic
 
     @property
+    def needs_inputs(self) -> bool:
+        """Whether calibration must run: to fix an input's scale, or to find the weights that share a global scale."""
+        return self.is_static or self.weight.has_global_scale
+
+    @property
     def is_asymmetric(self) -> bool:
         """Whether the input's codes need not reach as far below zero as above."""
         return self.activation is not None and not self.activation.symmetric
@@ -156,6 +180,9 @@ class Scheme:
 _W8 = TensorFormat("int8", "channel")
 _DYNAMIC_INT8 = TensorFormat("int8", "token", dynamic=True)
 _FP8: DType = "float8_e4m3fn"
+_NVFP4 = TensorFormat("float4_e2m1fn", "group", group_size=16, scale_dtype="float8_e4m3fn")
+_MXFP4 = TensorFormat("float4_e2m1fn", "group", group_size=32, scale_dtype="float8_e8m0fnu")
+_MXFP8 = replace(_MXFP4, dtype=_FP8)
 
 
 def _int4(group_size: int, symmetric: bool = True) -> TensorFormat:
@@ -184,6 +211,11 @@ SCHEMES: dict[str, Scheme] = {
             TensorFormat(_FP8, "block", block_size=(128, 128)),
             TensorFormat(_FP8, "group", group_size=128, dynamic=True),
         ),
+        Scheme("nvfp4", _NVFP4, _NVFP4),
+        Scheme("nvfp4a16", _NVFP4),
+        Scheme("mxfp4", _MXFP4, replace(_MXFP4, dynamic=True)),
+        Scheme("mxfp4a16", _MXFP4),
+        Scheme("mxfp8", _MXFP8, replace(_MXFP8, dynamic=True)),
     )
 }
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import QLinearError
-from ..formats.rounding import fake_quantize_input, qparams_from_range, require_finite
+from ..formats.finite import require_finite
+from ..formats.rounding import fake_quantize_input, qparams_from_range
 from ..formats.scheme import TensorFormat
 
 RangeMethod = Literal["minmax", "percentile", "least_squares"]

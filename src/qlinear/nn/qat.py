@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import SchemeError
-from ..formats.rounding import QuantizedTensor, choose_qparams, per_element, qparams_from_range, quantize
+from ..formats.rounding import (
+    QuantizedTensor,
+    choose_qparams,
+    input_qparams,
+    nearest_steps_,
+    per_element,
+    quantize,
+)
 from ..formats.scheme import Scheme, TensorFormat, get_scheme
 from .encoder_fast_path import disable_fast_paths
 from .qlinear import QLinear
@@ -42,7 +49,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: Tens
     # The extremes that determined the scale lie up to half a step outside. They are not clipped, so they keep learning.
     codes = (x.float() / step).clamp(low - _SLACK, high + _SLACK)
     fixed = codes.detach()
-    rounded = fixed.to(fmt.storage).float() if fmt.is_float else fixed.round()
+    rounded = nearest_steps_(fixed.clone(), None, fmt) if fmt.is_float else fixed.round()
     return (codes + (rounded.clamp(low, high) - fixed)) * step
 
 
@@ -74,6 +81,10 @@ class FakeQuantLinear(nn.Linear):
         self.scheme.weight.scale_shape(self.weight.shape)  # raises where the scheme does not fit
         if learn_scale and not self.scheme.weight.symmetric:
             raise SchemeError(f"learned scales are symmetric; scheme {self.scheme.name!r} has zero points")
+        if learn_scale and self.scheme.weight.scale_dtype is not None:
+            raise SchemeError(
+                f"learned scales are float32; scheme {self.scheme.name!r} stores {self.scheme.weight.scale_dtype}"
+            )
         self.register_parameter("weight_scale", None)
         for name in ("input_low", "input_high"):
             empty_range = torch.full((1,), torch.nan, device=self.weight.device)
@@ -110,7 +121,9 @@ class FakeQuantLinear(nn.Linear):
         if activation.dynamic:
             scale, zero_point = choose_qparams(x.detach(), activation)
         else:
-            scale, zero_point = qparams_from_range(*self._input_range(x.detach()), activation)
+            scale, zero_point = input_qparams(*self._input_range(x.detach()), activation)
+            if activation.has_global_scale:
+                scale, zero_point = choose_qparams(x.detach(), activation, global_scale=scale)
         return fake_quantize(x, scale, zero_point, activation)
 
     def _input_range(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from ..formats.rounding import (
     QuantizedTensor,
     choose_qparams,
     fake_quantize_input,
-    qparams_from_range,
+    input_qparams,
     quantize,
     quantize_tensor,
 )
@@ -49,7 +49,8 @@ class QLinear(QuantizedLinearState):
 
     Buffers: `weight`, codes (out, in) in the format's storage dtype. `weight_scale`, float32 of the format's scale
     shape, (out, 1) per channel. `weight_zero_point`, the scale's shape, in the codes' dtype, or None. `input_scale`
-    (1,) float32 and `input_zero_point` (1,) in the activation codes' dtype, for static activations, or None.
+    (1,) float32 and `input_zero_point` (1,) in the activation codes' dtype, for static activations, or None; of NVFP4's
+    inputs `input_scale` is the global scale, the divisor.
     `migration_scale` (in,) float32: the input is divided by it, or None. `bias` (out,) or None.
 
     The input is (*, in) in bfloat16, float16 or float32, and the output (*, out) in the same dtype; or it is a pair
@@ -131,7 +132,7 @@ class QLinear(QuantizedLinearState):
         if activation is None or activation.dynamic:
             raise SchemeError(f"scheme {self.scheme.name!r} has no static activations to give a range to")
         low, high = (end.detach().float().reshape(1).to(self.device) for end in (low, high))
-        self.input_scale, zero_point = qparams_from_range(low, high, activation)
+        self.input_scale, zero_point = input_qparams(low, high, activation)
         self.input_zero_point = None if zero_point is None else zero_point.to(activation.storage)
 
     def forward(self, input: Tensor | tuple[Tensor, Tensor]) -> Tensor:
@@ -155,9 +156,13 @@ class QLinear(QuantizedLinearState):
             return self._weight_only(x, self.migration_scale, self.bias)
         return self._forward_codes_weight_only(x, self.scheme.activation)
 
+    @property
+    def _has_int4_weight(self) -> bool:
+        return self.scheme.weight.dtype == "int4"
+
     def _weight_only(self, x: Tensor, migration_scale: Tensor | None, bias: Tensor | None) -> Tensor:
         weight = self.weight, self.weight_scale, self.weight_zero_point
-        return ops.weight_only_linear(x, *weight, migration_scale, bias, self.scheme.weight.bits)
+        return ops.weight_only_linear(x, *weight, migration_scale, bias, 4 if self._has_int4_weight else 8)
 
     def _forward_codes_weight_only(self, x: Tensor, activation: TensorFormat) -> Tensor:
         """Multiply the input's codes, as floats, with the weight; then apply their scale and the bias."""
@@ -169,7 +174,7 @@ class QLinear(QuantizedLinearState):
         if zero_point is not None:
             codes -= zero_point.float()
         # bfloat16 holds the difference of two bytes exactly, and torch's 4-bit product takes no other dtype.
-        half = x.dtype == torch.bfloat16 and self.scheme.weight.bits == 4
+        half = x.dtype == torch.bfloat16 and self._has_int4_weight
         y = self._weight_only(codes.bfloat16() if half else codes, None, None).float() * scale
         return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
 

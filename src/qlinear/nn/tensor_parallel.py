@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from .. import ops
 from ..errors import SchemeError
-from ..formats.rounding import dequantize, qparams_from_range, quantize
+from ..formats.rounding import choose_qparams, dequantize, qparams_from_range, quantize
 from ..formats.scheme import TensorFormat
 from ..ops.reference import migrate
 from .qlinear import QLinear
@@ -192,6 +192,8 @@ class _RowParallelQLinear(QLinear):
 
     def _qparams_over_ranks(self, x: Tensor, activation: TensorFormat) -> tuple[Tensor, Tensor | None]:
         """The scale and zero point that the undivided layer would choose for x."""
+        if activation.has_global_scale:
+            return choose_qparams(x, activation, global_scale=self.input_scale)
         if self.input_scale is not None:
             return self.input_scale, self.input_zero_point
         columns = activation.tile(x.shape)[1]

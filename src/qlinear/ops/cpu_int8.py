@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..formats.rounding import scale_from_absmax
+from ..formats.scales import scale_from_absmax
 from . import onednn_product, reference
 
 # Float32 elements that the caches of two cores hold during a few passes. Malloc returns temporaries of this size still

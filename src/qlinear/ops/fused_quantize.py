@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..formats.rounding import quantize, scale_from_absmax
+from ..formats.rounding import quantize
+from ..formats.scales import scale_from_absmax
 from .cpu_int8 import blocks_in_cache, round_to_int32
 from .reference import TOKEN_INT8, migrate
 

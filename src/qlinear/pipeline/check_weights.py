@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.reader import Checkpoint
 from ..errors import CheckpointError, NumericsError
-from ..formats.rounding import count_bad
+from ..formats.finite import count_bad
 from ..streaming.streamed_model import StreamedModel
 from .select_layers import Plan, is_parameter
 

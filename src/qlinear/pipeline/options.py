@@ -116,9 +116,9 @@ class Options:
     def needs_data(self) -> bool:
         """Whether calibration text passes through the model."""
         asked = [*self.scheme_for.values(), *([self.scheme] if self.scheme else [])]
-        is_static = any(scheme.is_static for scheme in (self.schemes.values() or asked))
+        needs_inputs = any(scheme.needs_inputs for scheme in (self.schemes.values() or asked))
         uses_inputs = self.smooth is not None or bool(self.algorithm.needs) or self.algorithm.propagates
-        return uses_inputs or is_static or self.keep_worst > 0 or self.refine > 0
+        return uses_inputs or needs_inputs or self.keep_worst > 0 or self.refine > 0
 
     @property
     def may_flip_signs(self) -> bool:

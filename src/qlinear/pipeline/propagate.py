@@ -84,6 +84,6 @@ def _rounded(x: Tensor, linear: QuantizedLinear) -> Tensor:
     scale, zero_point = linear.input_scale, linear.input_zero_point
     if not torch.is_grad_enabled():
         return fake_quantize_input(x, activation, scale, zero_point)
-    if scale is None:
-        scale, zero_point = choose_qparams(x.detach(), activation)
+    if scale is None or activation.has_global_scale:
+        scale, zero_point = choose_qparams(x.detach(), activation, global_scale=scale)
     return fake_quantize(x, scale, zero_point, activation)

@@ -14,8 +14,8 @@ from ..algorithms.rtn import RoundToNearest, round_to_nearest
 from ..calibration.stats import InputStats
 from ..checkpoint.layouts.base import QuantizedLinear, scale_dtype
 from ..errors import DataError
-from ..formats.rounding import QuantizedTensor, qparams_from_range
-from ..formats.scheme import Scheme, TensorFormat
+from ..formats.rounding import QuantizedTensor, input_qparams
+from ..formats.scheme import Scheme
 from ..tracing.trace import Weight
 from .block import Block, BlockStats, QuantizedWeight, RoundedInputs
 from .options import Options
@@ -119,10 +119,10 @@ def _quantize_group(
     smoothing: Smoothing, members: Sequence[Weight], group: Group, options: Options
 ) -> Iterator[QuantizedWeight]:
     """Codes of the weights of a group, with the error of each on the sample."""
-    input_qparams: tuple[Tensor | None, Tensor | None] = (None, None)
+    static_qparams: tuple[Tensor | None, Tensor | None] = (None, None)
     activation = group.scheme.activation
     if activation is not None and not activation.dynamic:
-        input_qparams = static_qparams(group.low, group.high, activation)
+        static_qparams = input_qparams(group.low.amin(), group.high.amax(), activation)
     results = options.algorithm.quantize(group)
     measured = replace(group, sample=group.sample[_evenly(len(group.sample), _TOKENS)])
     x = measured.quantized_sample()
@@ -131,7 +131,7 @@ def _quantize_group(
         codes = results[name].weight
         error, rtn_error = _errors(matrix, codes, measured, x, name, is_nearest)
         linear = QuantizedLinear(
-            group.scheme, codes, group.scale_dtype, *input_qparams, smoothing.migration.get(weight)
+            group.scheme, codes, group.scale_dtype, *static_qparams, smoothing.migration.get(weight)
         )
         yield QuantizedWeight(weight, linear, error, rtn_error, results[name].note)
 
@@ -150,7 +150,7 @@ def _errors(
     if not len(x):
         error = rtn_error = relative_error(codes, matrix)
     if not is_nearest:
-        nearest = round_to_nearest(rows, group.scheme, name, group.scale_dtype)
+        nearest = round_to_nearest(rows, group.scheme, name, group.scale_dtype, codes.global_scale)
         rtn_error = relative(x @ nearest.dequantize().T, exact)
     return error, rtn_error
 
@@ -166,11 +166,6 @@ def _some_rows(matrix: Tensor, codes: QuantizedTensor) -> tuple[Tensor, Quantize
         return matrix, codes
     rows = _evenly(len(matrix), _ROWS)
     return matrix[rows], codes.rows(rows)
-
-
-def static_qparams(low: Tensor, high: Tensor, activation: TensorFormat) -> tuple[Tensor, Tensor | None]:
-    """The one static scale (1,) and zero point (1,) of an input, from each channel's extremes (in,)."""
-    return qparams_from_range(low.amin().reshape(1), high.amax().reshape(1), activation)
 
 
 def relative_error(codes: QuantizedTensor, exact: Tensor) -> float:

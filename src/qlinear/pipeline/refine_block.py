@@ -22,6 +22,7 @@ from torch.func import functional_call
 
 from ..checkpoint.layouts.base import QuantizedLinear
 from ..formats.rounding import QuantizedTensor
+from ..formats.scales import storable_scale
 from ..streaming.lanes import Call, Lane
 from ..tracing.trace import Weight
 from .block import Block, BlockResult, QuantizedWeight, Unit
@@ -141,7 +142,7 @@ class _Tuned:
     def __init__(self, block: Block, quantized: Sequence[QuantizedWeight], shared: Container[str]) -> None:
         self._block, self._quantized = block, list(quantized)
         self._of_weights = [_ones(weight.linear.weight.scale) for weight in quantized]
-        inputs = [weight.linear.input_scale for weight in quantized]
+        inputs = [_learned_input_scale(weight.linear) for weight in quantized]
         self._of_inputs = [None if scale is None else _ones(scale) for scale in inputs]
         self._vectors = {
             name: vector.detach().float()
@@ -173,6 +174,12 @@ class _Tuned:
         return Refined(linears, vectors)
 
 
+def _learned_input_scale(linear: QuantizedLinear) -> Tensor | None:
+    """The static input scale; None for a global scale, which changes nothing but how the dynamic ones are rounded."""
+    activation = linear.scheme.activation
+    return None if activation is None or activation.has_global_scale else linear.input_scale
+
+
 def _ones(like: Tensor) -> Tensor:
     return torch.ones_like(like).requires_grad_()
 
@@ -197,7 +204,7 @@ def _scaled(
     """A linear with its scales times factors. rounds: to the dtype they are stored in."""
     scale = linear.weight.scale * factor
     if rounds:
-        scale = scale.to(linear.scale_dtype).float()
+        scale = storable_scale(scale, linear.weight.format, linear.scale_dtype, linear.weight.global_scale)
     input_scale = linear.input_scale
     if input_scale is not None and input_factor is not None:
         input_scale = input_scale * input_factor

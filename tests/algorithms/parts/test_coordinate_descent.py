@@ -9,9 +9,12 @@ from torch import Tensor
 from qlinear.algorithms.parts.column_grid import ColumnGrid
 from qlinear.algorithms.parts.coordinate_descent import Descent
 from qlinear.formats.rounding import QuantizedTensor, quantize_tensor
+from qlinear.formats.scales import storable_scale
 from qlinear.formats.scheme import Scheme, TensorFormat, get_scheme
 
-SCHEMES = ("w4a16-g32", "w4a16-asym", "w4a16-channel", "w8a8", "fp8", "fp8-block")
+SCHEMES = (
+    "w4a16-g32", "w4a16-asym", "w4a16-channel", "w8a8", "fp8", "fp8-block", "nvfp4a16", "mxfp4a16", "mxfp8"
+)  # fmt: skip
 
 
 def correlated(width: int, tokens: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -30,9 +33,11 @@ def descend(
     dtype: torch.dtype = torch.float32,
 ) -> QuantizedTensor:
     """Codes and scales after some sweeps."""
-    grid = ColumnGrid.of((start.scale, start.zero_point), start.format, weight.shape)
+    grid = ColumnGrid.of(
+        (start.scale, start.zero_point), start.format, weight.shape, dtype, start.global_scale
+    )
     targets, steps = weight.T.contiguous(), grid.round_all_(start.dequantize().T.contiguous())
-    descent = Descent(targets, steps, hessian @ (targets - grid.values(steps)), grid, hessian, dtype)
+    descent = Descent(targets, steps, hessian @ (targets - grid.values(steps)), grid, hessian)
     descent.run(sweeps)
     return grid.quantized(descent.steps)
 
@@ -55,11 +60,12 @@ def test_the_loss_never_rises(scheme: str, groups: int, tokens: int, seed: int, 
     twice = descend(weight, start, hessian, 2, dtype)
     assert loss(weight, once, hessian) <= before * (1 + 1e-5) + 1e-6
     assert loss(weight, twice, hessian) <= loss(weight, once, hessian) * (1 + 1e-5) + 1e-6
-    assert torch.equal(twice.scale, twice.scale.to(dtype).float())
+    fmt = start.format
+    assert torch.equal(twice.scale, storable_scale(twice.scale, fmt, dtype, start.global_scale))
     assert twice.codes.dtype == start.codes.dtype
 
 
-@pytest.mark.parametrize("scheme", ["w4a16-g32", "w4a16-asym", "w4a16-channel"])
+@pytest.mark.parametrize("scheme", ["w4a16-g32", "w4a16-asym", "w4a16-channel", "nvfp4a16", "mxfp4a16"])
 def test_correlated_inputs_are_worth_a_tenth_of_the_loss(scheme: str) -> None:
     weight, hessian = correlated(256, 2000, 0)
     start = quantize_tensor(weight, get_scheme(scheme).weight, "w")

@@ -15,9 +15,9 @@ from qlinear.algorithms.parts.input_error import fit_to_rounded_input
 from qlinear.formats.rounding import quantize_tensor
 from qlinear.formats.scheme import Scheme, TensorFormat
 
-from ..test_gptq import SCHEMES, inputs, weight_of
+from ..test_gptq import EXAMPLES, inputs, weight_of
 
-every_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
+every_scheme = pytest.mark.parametrize("scheme", EXAMPLES, ids=lambda scheme: scheme.name)
 
 
 def truncated(x: Tensor, step: float) -> Tensor:

@@ -28,6 +28,8 @@ CASES = [
     Scheme("w4a8", W4, SCHEMES["w8a8"].activation),
     SCHEMES["w4a16-channel"],
     SCHEMES["fp8-static"],
+    SCHEMES["nvfp4"],
+    SCHEMES["mxfp4"],
 ]
 every_scheme = pytest.mark.parametrize("scheme", CASES, ids=lambda scheme: scheme.name)
 
@@ -126,7 +128,8 @@ def test_clipping_is_never_worse_than_round_to_nearest(scheme: Scheme, seed: int
     x = group.quantized_sample()
     for name, found in clip(group).items():
         weight = group.weights[name]
-        exact, nearest = group.sample @ weight.T, quantize_tensor(weight, scheme.weight).dequantize()
+        exact = group.sample @ weight.T
+        nearest = quantize_tensor(weight, scheme.weight, global_scale=group.global_scale).dequantize()
         ours = (x @ found.weight.dequantize().T - exact).square().sum()
         assert float(ours) == pytest.approx(found.error, rel=1e-4)
         assert float((x @ nearest.T - exact).square().sum()) == pytest.approx(found.rtn_error, rel=1e-4)

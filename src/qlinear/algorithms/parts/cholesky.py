@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...formats.rounding import require_finite
+from ...formats.finite import require_finite
 
 DAMPING = 0.01
 # Rows and columns of a triangular or symmetric product that are computed at once.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...formats.rounding import QuantizedTensor, nearest_steps_
+from ...formats.scales import storable_scale
 from ...formats.scheme import TensorFormat
 
 # Columns that are processed one by one. Below this, adding one to another costs less than calling a product.
@@ -27,7 +28,7 @@ class ColumnGrid:
     """The grid that each column of a weight (out, in) is rounded to.
 
     format, scale, zero_point: of the weight, as in `QuantizedTensor`. scales, zeros: scale and zero point of every row,
-    by tile of columns: (tiles, out). width: columns of a tile.
+    by tile of columns: (tiles, out). width: columns of a tile. scale_dtype, global_scale: see `storable_scale`.
     """
 
     format: TensorFormat
@@ -36,13 +37,23 @@ class ColumnGrid:
     scales: Tensor
     zeros: Tensor | None
     width: int
+    scale_dtype: torch.dtype
+    global_scale: Tensor | None
 
     @classmethod
-    def of(cls, qparams: tuple[Tensor, Tensor | None], fmt: TensorFormat, shape: torch.Size) -> "ColumnGrid":
+    def of(
+        cls,
+        qparams: tuple[Tensor, Tensor | None],
+        fmt: TensorFormat,
+        shape: torch.Size,
+        scale_dtype: torch.dtype = torch.float32,
+        global_scale: Tensor | None = None,
+    ) -> "ColumnGrid":
         """The grid with this scale and zero point for a weight of this shape."""
         scale, zero_point = qparams
         zeros = None if zero_point is None else _by_tile(zero_point, fmt, shape)
-        return cls(fmt, scale, zero_point, _by_tile(scale, fmt, shape), zeros, fmt.tile(shape)[1])
+        scales, width = _by_tile(scale, fmt, shape), fmt.tile(shape)[1]
+        return cls(fmt, scale, zero_point, scales, zeros, width, scale_dtype, global_scale)
 
     def round_(self, steps: Tensor, column: int) -> Tensor:
         """Round steps to the nearest grid points, in place.
@@ -67,6 +78,10 @@ class ColumnGrid:
             torch.mul(steps[part], scale, out=values[part])
         return values
 
+    def storable(self, scale: Tensor) -> Tensor:
+        """The nearest scales that a checkpoint can store."""
+        return storable_scale(scale, self.format, self.scale_dtype, self.global_scale)
+
     def put_rows(self, rows: Tensor, other: "ColumnGrid") -> None:
         """Copy the grid of another, in the rows where the mask `rows` (out,) is true."""
         self.scales.copy_(torch.where(rows, other.scales, self.scales))
@@ -81,9 +96,9 @@ class ColumnGrid:
             zeros = None if self.zeros is None else self.zeros[start // self.width]
             codes[:, part] = (steps[part] if zeros is None else steps[part] + zeros).T
         if self.format.granularity not in ("channel", "group"):
-            return QuantizedTensor(codes, self.scale, self.zero_point, self.format)
+            return QuantizedTensor(codes, self.scale, self.zero_point, self.format, self.global_scale)
         zero_point = None if self.zeros is None else self.zeros.T.contiguous()
-        return QuantizedTensor(codes, self.scales.T.contiguous(), zero_point, self.format)
+        return QuantizedTensor(codes, self.scales.T.contiguous(), zero_point, self.format, self.global_scale)
 
 
 def _by_tile(per_tile: Tensor, fmt: TensorFormat, shape: torch.Size) -> Tensor:

@@ -35,7 +35,7 @@ class Descent:
 
     targets: the weight (in, out) float32. steps: the current codes, in steps (in, out). grid: its scales are changed in
     place, as `steps` is. gradient: G there (in, out) float32; owned and changed by this object. hessian: H, the mean of
-    x xᵀ (in, in) float32. scale_dtype: the dtype that scales are rounded to. Only scales of groups move; scales of
+    x xᵀ (in, in) float32. Only scales of groups move; scales of
     rows, blocks and tensors stay.
     """
 
@@ -46,10 +46,9 @@ class Descent:
         gradient: Tensor,
         grid: ColumnGrid,
         hessian: Tensor,
-        scale_dtype: torch.dtype,
     ) -> None:
         self.steps, self._targets, self._gradient = steps, targets, gradient
-        self._grid, self._hessian, self._scale_dtype = grid, hessian, scale_dtype
+        self._grid, self._hessian = grid, hessian
         self._has_groups = grid.format.granularity == "group"
         self._block = grid.width if grid.format.granularity in ("group", "block") else _BLOCK
         self._change = torch.empty_like(steps)
@@ -97,7 +96,7 @@ class Descent:
         slope = torch.mul(gradient, steps, out=spare).sum(0)
         curvature = torch.mul(torch.mm(within, steps, out=bend), steps, out=spare).sum(0)
         best = scale + slope / curvature.clamp(min=torch.finfo(torch.float32).tiny)
-        best = best.clamp(scale / 2, scale * 2).to(self._scale_dtype).float()
+        best = self._grid.storable(best.clamp(scale / 2, scale * 2))
         by = best - scale
         by.masked_fill_((by * curvature - 2 * slope) * by >= 0, 0.0)
         scale += by

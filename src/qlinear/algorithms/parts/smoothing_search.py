@@ -16,7 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...formats.rounding import dequantize, quantize, require_finite
+from ...formats.finite import require_finite
+from ...formats.rounding import dequantize, quantize
+from ...formats.scheme import TensorFormat
 from ..base import Group
 from .clipping import least_error_qparams
 
@@ -110,15 +112,22 @@ class Objective:
         for group, exact, s in zip(self.groups, self.exact, scales, strict=True):
             smoothed = group.smoothed(s)
             x, importance = smoothed.quantized_sample(), smoothed.sample.square().mean(0)
+            stored = smoothed.scale_dtype, smoothed.global_scale
             for (name, weight), y in zip(smoothed.weights.items(), exact, strict=True):
-                rounded = self._rounded(name, weight, importance, group)
+                rounded = self._rounded(name, weight, importance, group.scheme.weight, stored)
                 total += float(torch.addmm(y, x, rounded.T, beta=-1).square_().sum())
         return float((total / self.norm) ** 0.5) if self.norm else 0.0
 
-    def _rounded(self, name: str, weight: Tensor, importance: Tensor, group: Group) -> Tensor:
+    def _rounded(
+        self,
+        name: str,
+        weight: Tensor,
+        importance: Tensor,
+        fmt: TensorFormat,
+        stored: tuple[torch.dtype, Tensor | None],
+    ) -> Tensor:
         require_finite(weight, name)
-        fmt = group.scheme.weight
-        qparams = least_error_qparams(weight, fmt, importance, group.scale_dtype, self.ratios)
+        qparams = least_error_qparams(weight, fmt, importance, *stored, ratios=self.ratios)
         return dequantize(quantize(weight, *qparams, fmt), *qparams, fmt)
 
 

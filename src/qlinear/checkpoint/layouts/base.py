@@ -27,7 +27,8 @@ class QuantizedLinear:
 
     scheme: the formats of weight and input. weight: codes (out, in), scale, zero point.
     scale_dtype: the dtype in which the weight's scales are stored, and to which they were rounded (`scale_dtype`).
-    input_scale, input_zero_point: (1,) float32, for static activations only.
+    input_scale, input_zero_point: (1,) float32, for static activations only; `input_scale` is the global scale, a
+    divisor, where the activation's format has one.
     migration_scale: (in,) float32, the divisor of the input, where it is not folded into a producer.
     """
 
@@ -81,10 +82,11 @@ class Layout(Protocol):
 def scale_dtype(scheme: Scheme, stored: torch.dtype) -> torch.dtype:
     """The dtype in which a weight's scales are stored.
 
-    Engines hold the scales of 4-bit weights in the weight's own dtype, so they are rounded to it; others are float32.
+    Engines hold the scales of 4-bit integers in the weight's own dtype, so they are rounded to it; others are float32,
+    unless the format itself defines how they are stored (`TensorFormat.scale_dtype`).
     stored: the dtype of the float weight in the source.
     """
-    return stored if scheme.weight.bits == 4 else torch.float32
+    return stored if scheme.weight.bits == 4 and scheme.weight.scale_dtype is None else torch.float32
 
 
 def packed_bytes(
@@ -101,7 +103,9 @@ def packed_bytes(
     codes = torch.empty(matrix, dtype=fmt.storage, device=meta)
     linear = QuantizedLinear(
         scheme,
-        QuantizedTensor(codes, scale, None if fmt.symmetric else scale, fmt),
+        QuantizedTensor(
+            codes, scale, None if fmt.symmetric else scale, fmt, one if fmt.has_global_scale else None
+        ),
         scale_dtype(scheme, stored),
         input_scale=one if scheme.is_static else None,
         input_zero_point=one if scheme.is_static and activation and not activation.symmetric else None,

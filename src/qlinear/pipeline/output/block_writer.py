@@ -72,8 +72,16 @@ class BlockWriter:
         to_sources = self.source.names.to_sources
         codes, scales = to_sources({name: weight.codes}), to_sources({name: weight.scale})
         zeros = {} if weight.zero_point is None else to_sources({name: weight.zero_point})
+        divisors: dict[str, Tensor] = {}
+        if (
+            weight.global_scale is not None
+        ):  # one per expert, repeated per row, because the file may split the rows
+            by_row = to_sources({name: weight.global_scale.expand(*weight.scale.shape[:-1], 1).contiguous()})
+            divisors = {key: rows.reshape(-1)[:1] for key, rows in by_row.items()}
         for key, code in codes.items():
-            one = QuantizedTensor(code.contiguous(), scales[key].contiguous(), zeros.get(key), weight.format)
+            one = QuantizedTensor(
+                code.contiguous(), scales[key].contiguous(), zeros.get(key), weight.format, divisors.get(key)
+            )
             expert = replace(quantized.linear, weight=one)
             for full, tensor in self.options.layout.pack(key.removesuffix(".weight"), expert).items():
                 self.sink.add(full, tensor)
