@@ -24,6 +24,8 @@ The rooms, from the bottom of the house to the top; a module imports from its ow
                     quantize_groups, rounded_inputs, refine_block, propagate, output
     api/            one file per public function, which is one command: quantize, calibrate, evaluate, inspect, convert,
                     load, generate, dry_run, quantize_module
+    integrations/   other libraries that load our checkpoints, each registered once it is imported: on_import,
+                    transformers, find_layers, load_operations
     cli/            the command line: app, options, make_commands, measure_commands, commands, display
 
 Three modules stand alone: errors (the exception tree), functional (the layer as pure functions) and smooth (the public
@@ -38,6 +40,9 @@ from .api.quantize import quantize
 from .api.quantize_module import quantize_
 from .errors import QLinearError
 from .formats.scheme import Scheme, TensorFormat
+from .integrations import connect
+
+connect()
 
 __all__ = [
     "QLinearError",

@@ -19,7 +19,7 @@ from qlinear import demo
 from qlinear.cli.commands import app
 
 ROOT = Path(__file__).parents[2]
-RUN = ("README.md", "docs/guide.md")
+RUN = ("README.md", "docs/guide.md", "docs/serve-transformers.md")
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
 CHARACTERS = 12_000  # of a text of one's own

@@ -95,7 +95,7 @@ def build_meta_model(
     except _config_errors() as error:
         reason = _one_line(error)
         raise CheckpointError(f"no causal language model can be built from config.json: {reason}") from None
-    _keep_in_float32(model, dtype)
+    keep_in_float32(model, dtype)
     for part in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         part.use_cache = False
     model.eval()  # type: ignore[no-untyped-call]
@@ -144,7 +144,7 @@ class _LargeOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _keep_in_float32(model: "PreTrainedModel", dtype: torch.dtype) -> None:
+def keep_in_float32(model: "PreTrainedModel", dtype: torch.dtype) -> None:
     """Make the parameters and persistent buffers float32 that the model's class keeps so, as `from_pretrained` does."""
     patterns = [plan.replace("*", ".*") for plan in model._get_dtype_plan(dtype)]
     if not patterns:

@@ -55,7 +55,7 @@ class StreamedModel:
         if self.dtype != self.model.dtype:
             self.model = build_meta_model(checkpoint.path, self.dtype, trust_remote_code=trust_remote_code)
         self._view = DequantizedView.of(checkpoint)
-        _replace_transposed(self.model, self._view.schemes)
+        replace_transposed(self.model, self._view.schemes)
         self.names = WeightMap(self.model, self._view, device)
         self._prefetch = None if device == CPU else Prefetch(self.names)
         self._attach_migration_scales()
@@ -269,7 +269,7 @@ def transposed_linears(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Conv1D)}
 
 
-def _replace_transposed(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
+def replace_transposed(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
     """Replace transposed linears that the file holds quantized, which is as (out, in), by `nn.Linear`s."""
     for name, module in transposed_linears(model).items() if schemes else ():
         # The file may omit the name of the outermost module, as GPT-2's does.
