@@ -20,7 +20,9 @@ from qlinear.cli.commands import app
 
 ROOT = Path(__file__).parents[2]
 RUN = ("README.md", "docs/guide.md", "docs/serve-transformers.md")
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+# Wrapped prose; a table, a code block or a list of changes may run on.
+WIDTH = 112
 
 CHARACTERS = 12_000  # of a text of one's own
 
@@ -73,3 +75,20 @@ def test_links_lead_to_files_that_exist(document: Path) -> None:
     targets = [match["target"] for match in LINK.finditer(document.read_text())]
     missing = [target for target in targets if not (document.parent / target).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("document", [d for d in DOCUMENTS if d.parent.name == "docs"], ids=lambda p: p.name)
+def test_prose_is_wrapped(document: Path) -> None:
+    prose = BLOCK.sub("", document.read_text())
+    long = [line for line in prose.splitlines() if len(line) > WIDTH and not line.startswith(("|", "    "))]
+    assert not long
+
+
+def test_the_page_that_explains_the_code_names_files_and_folders_that_exist() -> None:
+    page, source = (ROOT / "docs" / "how-it-works.md").read_text(), ROOT / "src" / "qlinear"
+    named = re.findall(r"`((?:\w+/)+(?:\w+\.py)?)`", page)
+    assert [
+        name for name in named if not (source / name).exists() and not list(source.glob(f"*/{name}"))
+    ] == []
+    folders = {f"{folder.name}/" for folder in source.iterdir() if (folder / "__init__.py").is_file()}
+    assert folders <= set(named)
