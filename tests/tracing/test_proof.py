@@ -5,10 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from qlinear.streaming.find_blocks import shared_parameters
 from qlinear.tracing.folds import find_groups
-from qlinear.tracing.proof import find_and_prove_folds, prove, reversible
+from qlinear.tracing.proof import find_and_prove_folds, prove, reversible, run_in_float32
 
 from .blocks import EVERYTHING, WIDTH, GatedBlock, OnePlusNorm, call_of, described, folds_of, perturbed
 
@@ -116,3 +117,20 @@ def test_every_fold_of_a_gated_block_holds_for_reversed_signs(norm: Callable[[],
     block = perturbed(GatedBlock(norm))
     _, _, folds = folds_of(block)
     assert reversible(block, call_of(block, 2, 8), folds) == folds
+
+
+def products_in(counter: FlopCounterMode) -> int:
+    return sum(n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
+
+
+def test_a_proof_of_right_folds_multiplies_by_each_weight_once_per_magnitude() -> None:
+    block = perturbed(GatedBlock())
+    _, _, folds = folds_of(block)
+    call = call_of(block, 2, 8)
+    with FlopCounterMode(display=False) as once:
+        plain = run_in_float32(block, call)
+    with FlopCounterMode(display=False) as proof:
+        assert prove(block, call, folds, plain)
+    assert products_in(once) > 0
+    # `plain` is the run at magnitude 1; the runs with the folds compute no product.
+    assert products_in(proof) == 2 * products_in(once)

@@ -42,18 +42,34 @@ class Product:
     computed_from: frozenset[str]
 
 
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    """A computed product: y, from the scaled input x and the addend (a bias). weight: a stack's first slice."""
+
+    weight: Weight
+    x: Tensor
+    addend: Tensor | None
+    y: Tensor
+
+    def is_of(self, x: Tensor, addend: Tensor | None) -> bool:
+        """Whether the product has these operands, bit for bit."""
+        if (addend is None) != (self.addend is None) or not torch.equal(x, self.x):
+            return False
+        return addend is None or self.addend is None or torch.equal(addend, self.addend)
+
+
 @dataclass(slots=True)
 class Trace:
     """A run of a block: its products in order, the tensors it returned, and its side outputs.
 
-    side_outputs: tensors that outlive the call without being returned (kept in an attribute or a shared dict). outputs:
-    each product's output, in order, for a replay. unread: see `ProductWatcher`.
+    side_outputs: tensors that outlive the call without being returned (kept in an attribute or a shared dict).
+    computed: each product in order, for a replay or for reuse. unread: see `ProductWatcher`.
     """
 
     products: list[Product] = field(default_factory=list)
     returned: list[Tensor] = field(default_factory=list)
     side_outputs: list[Tensor] = field(default_factory=list)
-    outputs: list[tuple[Weight, Tensor]] = field(default_factory=list)
+    computed: list["_Computed"] = field(default_factory=list)
     unread: frozenset[str] = frozenset()
 
 
@@ -68,14 +84,16 @@ def observe(
     scale_input: Scales | None = None,
     scale_output: Scales | None = None,
     replay: Trace | None = None,
+    reuse: Trace | None = None,
 ) -> Trace:
     """Run `forward(*args, **kwargs)` of `block` in float32 and record it.
 
     The arguments are copied, so the caller's tensors and containers do not change. scale_input, scale_output: factors
     for a weight's input (in,) or output (out,). replay: return the outputs of this recorded run's products.
+    reuse: a recorded run with the same weights; a product with the same operands, bit for bit, is not computed again.
     """
     args, kwargs = _float_copy(tuple(args)), _float_copy(dict(kwargs))
-    watch = _Experiment(block, scale_input or {}, scale_output or {}, replay)
+    watch = _Experiment(block, scale_input or {}, scale_output or {}, replay, reuse)
     with torch.no_grad(), watch:
         returned = forward(*args, **kwargs)
     trace = watch.trace
@@ -95,10 +113,18 @@ class _Experiment(ProductWatcher):
     made: weak references to every computed tensor; the ones still alive after the run are side outputs.
     """
 
-    def __init__(self, block: nn.Module, inputs: Scales, outputs: Scales, replay: Trace | None) -> None:
+    def __init__(
+        self,
+        block: nn.Module,
+        inputs: Scales,
+        outputs: Scales,
+        replay: Trace | None,
+        reuse: Trace | None = None,
+    ) -> None:
         super().__init__(block, self._note)
         self._inputs, self._outputs = inputs, outputs
-        self._replay = deque(replay.outputs if replay else ())
+        self._replay = deque(replay.computed if replay else ())
+        self._reuse = deque(reuse.computed if reuse else ())
         self._provenance = _Provenance(block)
         self._read: list[Tensor] = []
         self.trace = Trace()
@@ -134,23 +160,39 @@ class _Experiment(ProductWatcher):
         operands: Operands,
         weights: list[Weight],
     ) -> Tensor:
-        y = self._replayed(weights[0])
-        if y is None:
-            x = _scaled(operands, weights, operands.x, self._inputs)
-            args = tuple(x if a is operands.x else a for a in args)
-            y = func(*args, **{k: x if a is operands.x else a for k, a in kwargs.items()})
-        self.trace.outputs.append((weights[0], y.detach().clone()))
+        recorded = _next_of(self._replay, weights[0])
+        y = self._compute(func, args, kwargs, operands, weights) if recorded is None else recorded.y.clone()
         self._report(operands, weights, y)
         y = _scaled(operands, weights, y, self._outputs)
         self.made.append(weakref.ref(y))
         self._provenance.set_from(y, weights[0].name)
         return y
 
-    def _replayed(self, weight: Weight) -> Tensor | None:
-        """The recorded output of this product; None if no recorded product is next in order."""
-        if not self._replay or self._replay[0][0] != weight:
-            return None
-        return self._replay.popleft()[1].clone()
+    def _compute(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        operands: Operands,
+        weights: list[Weight],
+    ) -> Tensor:
+        """The product with its input scaled, recorded for another run."""
+        x = _scaled(operands, weights, operands.x, self._inputs)
+        addend = operands.bias if isinstance(operands.bias, Tensor) else None
+        known = _next_of(self._reuse, weights[0])
+        if known is not None and known.is_of(x, addend):
+            self.trace.computed.append(known)
+            return known.y.clone()
+        args = tuple(x if a is operands.x else a for a in args)
+        before = x.detach().clone(), None if addend is None else addend.detach().clone()
+        y: Tensor = func(*args, **{k: x if a is operands.x else a for k, a in kwargs.items()})
+        self.trace.computed.append(_Computed(weights[0], *before, y.detach().clone()))
+        return y
+
+
+def _next_of(recorded: deque[_Computed], weight: Weight) -> _Computed | None:
+    """The next recorded product, removed, if it is one of `weight`; else None."""
+    return recorded.popleft() if recorded and recorded[0].weight == weight else None
 
 
 def _scaled(operands: Operands, weights: list[Weight], values: Tensor, scales: Scales) -> Tensor:

@@ -230,14 +230,23 @@ def _is_unchanged(
 ) -> bool:
     if before is None:
         before = _run(block, call, folds, [torch.ones_like(s) for s in vectors], magnitude)
-    after = _run(block, call, folds, vectors, magnitude)
+    after = _run(block, call, folds, vectors, magnitude, before)
     return _runs_agree(before, after, call, {r.weight for f in folds for r in f.readers})
 
 
 def _run(
-    block: nn.Module, call: Call, folds: Sequence[Fold], vectors: Sequence[Tensor], magnitude: float
+    block: nn.Module,
+    call: Call,
+    folds: Sequence[Fold],
+    vectors: Sequence[Tensor],
+    magnitude: float,
+    before: Trace | None = None,
 ) -> Trace:
-    """Run the block with each producer times `magnitude` / s, and its readers' inputs times s."""
+    """Run the block with each producer times `magnitude` / s, and its readers' inputs times s.
+
+    before: a run without s. A right fold leaves every product's input bit for bit as it was there, so that nothing is
+    multiplied again.
+    """
     inputs: dict[Weight, Tensor] = {}
     outputs: dict[Weight, Tensor] = {}
     with ExitStack() as gains:
@@ -247,7 +256,7 @@ def _run(
             if fold.producer.weight is not None:
                 outputs[fold.producer.weight] = row_factor(fold.producer, magnitude / s)
             inputs |= {reader.weight: reader.spread(s) for reader in fold.readers}
-        return observe(block, call.forward, call.args, call.kwargs, inputs, outputs)
+        return observe(block, call.forward, call.args, call.kwargs, inputs, outputs, reuse=before)
 
 
 def _runs_agree(before: Trace, after: Trace, call: Call, readers: set[Weight]) -> bool:
