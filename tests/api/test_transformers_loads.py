@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import qlinear
 from qlinear.checkpoint.layouts import compressed_tensors as layout
 from qlinear.checkpoint.layouts.base import QuantizedLinear
 from qlinear.checkpoint.output_dir import write_atomically
@@ -19,6 +20,7 @@ from qlinear.streaming.meta_model import build_meta_model
 from qlinear.streaming.weight_map import WeightMap
 
 from ..support.many_architectures import save
+from ..support.models import save_model
 
 # Asymmetric packed weights are left out: when it loads a model, compressed-tensors 0.20 expects their zero points
 # unpacked, though it writes them packed, as vLLM reads them. That its decompression reads ours is tested elsewhere.
@@ -73,3 +75,19 @@ def test_dynamic_int8_logits_are_near_those_of_the_dequantized_model(scheme: str
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     expected = logits(model)
     assert (logits(loaded) - expected).norm() < 0.03 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["nvfp4a16", "mxfp4a16", "mxfp4", "mxfp8"])
+def test_formats_with_stored_scales_give_our_weights_and_logits(name: str, tmp_path: Path) -> None:
+    """In bfloat16, which that package decompresses these formats in. It rounds NVFP4's inputs in bfloat16, too."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "num_attention_heads": 2}
+    save_model(tmp_path / "source", **sizes)
+    ids = torch.arange(3, 63).view(2, 30)
+    qlinear.quantize(tmp_path / "source", tmp_path / "out", name, calibration=ids)
+    ours = qlinear.load(tmp_path / "out", dtype="bfloat16").eval()
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    expected = logits(ours).float()
+    assert float((logits(theirs).float() - expected).norm()) < 0.02 * float(expected.norm())
+    for module in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"):
+        weight = ours.get_submodule(module).dequantize().bfloat16()
+        assert torch.equal(theirs.get_submodule(module).weight, weight)

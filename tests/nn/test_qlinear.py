@@ -28,7 +28,9 @@ GENERIC = (
     Scheme("w8a8-uint8", TensorFormat(), TensorFormat("uint8", "tensor", symmetric=False)),
 )
 # The layers here have 256 inputs. Schemes whose groups do not divide 256 are in GENERIC with smaller groups.
-FITTING = [s for s in SCHEMES.values() if s.weight.group_size in (None, 256) and s.weight.block_size is None]
+FITTING = [
+    s for s in SCHEMES.values() if s.weight.group_size in (None, 16, 32, 256) and s.weight.block_size is None
+]
 ALL_SCHEMES = [*FITTING, *GENERIC]
 named = pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=lambda scheme: scheme.name)
 
@@ -66,7 +68,9 @@ def test_it_multiplies_by_the_dequantized_weight(scheme: Scheme) -> None:
     x = torch.randn(64, 256).clamp(-3, 3)
     plain = nn.functional.linear(x, layer.dequantize(), layer.bias)
     error = (layer(x) - plain).norm() / plain.norm()
-    assert error < (0.03 if scheme.activation is not None else 1e-6)
+    # Normal e2m1 numbers have an error of at most a fifth of themselves: ¼ of 1¼.
+    rounding = 1e-6 if scheme.activation is None else 0.2 if scheme.activation.bits == 4 else 0.03
+    assert error < rounding
 
 
 @pytest.mark.parametrize("name", ["w8a8", "w8a8-asym", "w8a8-static"])
