@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
 from ..formats.scheme import Scheme
 from ..runtime.device import Uploader
 from .layouts import layout_of
@@ -39,12 +38,12 @@ class DequantizedView(Checkpoint):
         if config is None:
             return cls(checkpoint.path, checkpoint.config, checkpoint.tensors, checkpoint, None, {})
         _, layout = layout_of(config)
+        # A tensor with the scales' name may belong to something else, such as a vision tower's norm.
         split = (key.rpartition(".") for key in checkpoint.tensors)
-        modules = {
-            module: nn.Linear(1, 1, device="meta") for module, _, leaf in split if leaf == layout.SCALE_NAME
-        }
-        schemes = layout.schemes_from_config(config, modules)
-        dense = {f"{module}.weight": _dense_info(checkpoint, module, layout) for module in schemes}
+        infos = {m: _dense_info(checkpoint, m, layout) for m, _, leaf in split if leaf == layout.SCALE_NAME}
+        linears = {module: nn.Linear(1, 1, device="meta") for module, info in infos.items() if info}
+        schemes = layout.schemes_from_config(config, linears)
+        dense = {f"{module}.weight": info for module, info in infos.items() if info and module in schemes}
         tensors = dict(checkpoint.tensors) | dense
         holders = float_holders(config)
         return cls(checkpoint.path, checkpoint.config, tensors, checkpoint, layout, schemes, holders)
@@ -82,9 +81,9 @@ def quantization_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
     return checkpoint.config.get("quantization_config") or text.get("quantization_config")
 
 
-def _dense_info(checkpoint: Checkpoint, module: str, layout: Layout) -> TensorInfo:
-    """The dequantized matrix of a linear: float32, with the place of its scales as its place in the file."""
+def _dense_info(checkpoint: Checkpoint, module: str, layout: Layout) -> TensorInfo | None:
+    """The dequantized matrix of a linear, float32, at the place of its scales; None where the file lacks its codes."""
     shape = layout.weight_shape(module, checkpoint)
-    if shape is None:
-        raise CheckpointError(f"{module} has scales but no codes: download the checkpoint again")
+    if shape is None or len(shape) != 2:
+        return None
     return replace(checkpoint.info(f"{module}.{layout.SCALE_NAME}"), shape=shape, dtype_name="F32")

@@ -11,8 +11,10 @@ from ..errors import SchemeError
 from ..formats.name_patterns import matches
 from ..formats.scheme import Scheme
 from ..runtime.device import CPU
+from ..streaming.plain_linear import is_plain_linear
 from ..streaming.streamed_model import StreamedModel, compute_dtype, transposed_linears
 from ..tracing.on_meta import groups_on_meta, weights_used_as_floats
+from .float_modules import float_modules, float_stacks, starred, unused_weights
 
 # A scheme, or None to leave a linear in float.
 _Choice = Scheme | None
@@ -67,13 +69,9 @@ def make_plan(
         raise SchemeError(_nothing_left(source, transposed))
     for name in sorted(schemes):
         _require_fit(name, linears[name], schemes[name])
-    every = [name for name, module in source.model.named_modules() if isinstance(module, nn.Linear)]
-    # By both names where the file's and the model's differ: one engine looks for these, another for those.
-    left = [dict.fromkeys((name, *_name_in_file(source, name))) for name in every if name not in schemes]
-    ignored = tuple(name for names in left for name in names) + unused_modules(source)
     return Plan(
-        schemes, ignored, _nbytes(source, linears, schemes),
-        (*notes, *cast_to, *_cut_by_ranks(linears, schemes)), frozenset(schemes),
+        schemes, float_modules(source, schemes), _nbytes(source, linears, schemes),
+        (*notes, *cast_to, *_stay_in_float(source, schemes), *_cut_by_ranks(linears, schemes)), frozenset(schemes),
     )  # fmt: skip
 
 
@@ -168,10 +166,28 @@ def _cut_by_ranks(linears: Mapping[str, tuple[int, ...]], schemes: Mapping[str, 
             cut[width, size] = [ranks for ranks in _RANKS if width % ranks == 0 and width // ranks % size]
     return [
         f"inputs of {width} channels split over {' or '.join(map(str, ranks))} ranks would cut groups of {size}: "
-        "there, engines need a smaller group size, such as w4a16-g32"
+        f"there, engines need a group size that divides {width // max(ranks)}"
         for (width, size), ranks in cut.items()
         if ranks
     ]
+
+
+def _stay_in_float(source: StreamedModel, schemes: Mapping[str, Scheme]) -> list[str]:
+    """Notes on the stacked experts that stay in float, and on weights of the file that the text model does not use."""
+    stacks = [name for name in float_stacks(source, schemes) if not _is_stack(source, name)]
+    unused = unused_weights(source)
+    size = sum(source.checkpoint.info(name).nbytes for name in unused) / 1e9
+    notes = []
+    if stacks:
+        notes.append(
+            f"{', '.join(starred(stacks))}: left in float, as the file holds all experts of a layer in one tensor"
+        )
+    if unused:
+        tops = ", ".join(dict.fromkeys(f"{name.split('.')[0]}.*" for name in unused))
+        notes.append(
+            f"{tops}: {len(unused)} weights ({size:.2f} GB) that the text model does not use, left in float"
+        )
+    return notes
 
 
 def _nothing_left(source: StreamedModel, transposed: bool) -> str:
@@ -189,8 +205,8 @@ def quantizable(source: StreamedModel, transposed: bool = False) -> Iterator[tup
     inside = tuple(f"{name}." for name in text_blocks(source))
     other = transposed_linears(source.model) if transposed else {}
     for name, module in source.model.named_modules():
-        if isinstance(module, nn.Linear) and not _name_in_file(source, name):
-            continue  # nothing in the file that codes could take the place of
+        if isinstance(module, nn.Linear) and not (is_plain_linear(module) and _name_in_file(source, name)):
+            continue  # it does more than a product, or has no tensor of its own in the file
         if isinstance(module, nn.Linear) and (name.startswith(inside) or module is source.head):
             yield name, (module.out_features, module.in_features)
         elif name in other and name.startswith(inside):
@@ -232,14 +248,6 @@ def text_blocks(source: StreamedModel) -> list[str]:
     decoder = source.model.get_decoder()  # type: ignore[no-untyped-call]
     inside = {id(module) for module in decoder.modules()} if isinstance(decoder, nn.Module) else set()
     return [name for name, block in source.blocks.items() if id(block) in inside] or list(source.blocks)
-
-
-def unused_modules(source: StreamedModel) -> tuple[str, ...]:
-    """Modules of the file that the text model does not have: engines that do have them must leave them in float."""
-    matrices = (
-        n for n in source.names.unused if n.endswith(".weight") and len(source.checkpoint.info(n).shape) == 2
-    )
-    return tuple(name.removesuffix(".weight") for name in matrices)
 
 
 def _nbytes(

@@ -23,6 +23,7 @@ from .diagnose import diagnosing
 from .find_blocks import find_blocks
 from .lanes import Lanes
 from .meta_model import build_meta_model
+from .plain_linear import is_plain_linear
 from .prefetch import Prefetch
 from .spill import Spill
 from .weight_map import WeightMap
@@ -212,7 +213,7 @@ class StreamedModel:
     def _quantized_linear(self, name: str) -> QLinear:
         module = self.names.source_module(name)
         quantized = self._view.linear(module)
-        bias = self.checkpoint.read(f"{module}.bias") if f"{module}.bias" in self.checkpoint.tensors else None
+        bias = self._bias(name)
         layer = QLinear.from_quantized(
             quantized.weight,
             None if bias is None else bias.to(self.dtype),
@@ -225,6 +226,12 @@ class StreamedModel:
         if quantized.input_zero_point is not None and quantized.scheme.activation is not None:
             layer.input_zero_point = quantized.input_zero_point.to(quantized.scheme.activation.storage)
         return layer.to(self.device)
+
+    def _bias(self, name: str) -> Tensor | None:
+        """The bias of a linear in the file's dtype; None where the model has none, whatever the file holds."""
+        if self.model.get_submodule(name)._parameters["bias"] is None:
+            return None
+        return self.checkpoint.read(self.names.sources(f"{name}.bias")[0])
 
     def _attach_migration_scales(self) -> None:
         """Replace the float linears that have a migration scale by `SmoothedLinear`s, which apply it."""
@@ -248,7 +255,7 @@ class StreamedModel:
 
     def _find_schemes(self) -> dict[str, Scheme]:
         """The schemes of the quantized linears, by the model's names."""
-        linears = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
+        linears = [name for name, module in self.model.named_modules() if is_plain_linear(module)]
         modules = {
             name: self.names.source_module(name)
             for name in linears

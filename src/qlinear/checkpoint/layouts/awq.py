@@ -20,7 +20,7 @@ from ...formats.packing import pack_awq, unpack_awq
 from ...formats.rounding import QuantizedTensor
 from ...formats.scheme import Scheme, TensorFormat
 from ..reader import Checkpoint
-from .base import QuantizedLinear, Schemes, as_scheme, is_excluded, only_scheme, require
+from .base import QuantizedLinear, Schemes, as_scheme, is_excluded, only_scheme, require, without_patterns
 
 QUANT_METHOD = "awq"
 SCALE_NAME = "scales"
@@ -38,7 +38,7 @@ def quantization_config(schemes: Schemes, ignore: Sequence[str]) -> dict[str, An
         "group_size": _require_fit(only_scheme(schemes, "awq")).group_size or -1,
         # The file has zero points even for a symmetric weight: engines read them whatever this value is.
         "zero_point": True,
-        "modules_to_not_convert": list(ignore),
+        "modules_to_not_convert": without_patterns(ignore),
     }
 
 

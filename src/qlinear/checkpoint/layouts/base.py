@@ -19,6 +19,7 @@ from ..reader import Checkpoint
 
 # One scheme for all linears, or a scheme per linear by name.
 Schemes = Scheme | Mapping[str, Scheme]
+_CODE_DTYPES = ("I8", "U8", "F8_E4M3", "F8_E5M2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +140,11 @@ def is_excluded(name: str, modules_to_not_convert: Sequence[str]) -> bool:
     return any(f".{part}." in f".{name}." for part in modules_to_not_convert)
 
 
+def without_patterns(ignore: Sequence[str]) -> list[str]:
+    """The names of `ignore` for a layout that knows no `re:` patterns: it matches by parts of names anyway."""
+    return [name for name in ignore if not name.startswith("re:")]
+
+
 def require(name: str, leaf: str, tensors: Mapping[str, Tensor]) -> Tensor:
     """The tensor `name.leaf`. Raises CheckpointError where there is none."""
     full = f"{name}.{leaf}"
@@ -150,4 +156,4 @@ def require(name: str, leaf: str, tensors: Mapping[str, Tensor]) -> Tensor:
 def plain_shape(name: str, checkpoint: Checkpoint) -> tuple[int, ...] | None:
     """The shape of codes that are stored unpacked, as `name.weight`; None where there are none."""
     info = checkpoint.tensors.get(f"{name}.weight")
-    return None if info is None else info.shape
+    return info.shape if info is not None and info.dtype_name in _CODE_DTYPES else None

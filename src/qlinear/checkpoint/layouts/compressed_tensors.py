@@ -48,28 +48,51 @@ _HARMLESS_ARGS = {"observer", "observer_kwargs", "actorder", "scale_dtype", "zp_
 
 def quantization_config(schemes: Schemes, ignore: Sequence[str]) -> dict[str, Any]:
     """See `Layout`. A single scheme targets every Linear that is not ignored; several target modules by name."""
-    groups: dict[Scheme, list[str]] = {schemes: []} if isinstance(schemes, Scheme) else {}
-    for name, scheme in schemes.items() if isinstance(schemes, Mapping) else ():
-        groups.setdefault(scheme, []).append(name)
-    is_mixed = len(groups) > 1
-    formats = [_format(scheme) for scheme in groups]
+    groups = _targets(schemes)
+    formats = list(dict.fromkeys(_format(scheme) for scheme in groups))
     return {
         "quant_method": "compressed-tensors",
-        "format": "mixed-precision" if is_mixed else next(iter(formats), "dense"),
+        "format": "mixed-precision" if len(groups) > 1 else next(iter(formats), "dense"),
         "quantization_status": "compressed",
         "ignore": list(ignore),
         "config_groups": {
             f"group_{i}": {
-                "targets": names if is_mixed else ["Linear"],
+                "targets": targets,
                 "weights": _to_args(scheme.weight),
                 "input_activations": None
                 if scheme.activation is None
                 else _to_args(scheme.activation, is_input=True),
-                **({"format": formats[i]} if is_mixed or formats[i] in _FORMATS.values() else {}),
+                "format": _format(scheme),
             }
-            for i, (scheme, names) in enumerate(groups.items())
+            for i, (scheme, targets) in enumerate(groups.items())
         },
     }
+
+
+# A member of a list that is itself in a list, as experts are in layers: the list, the index, the linear in it.
+_MEMBER = re.compile(r"(.+\.\d+\..+)\.(\d+)\.([^.]+)")
+
+
+def _targets(schemes: Schemes) -> dict[Scheme, list[str]]:
+    """The targets of every scheme: all Linears for a single scheme; else names, and patterns for lists of experts.
+
+    transformers finds the experts' scheme by a pattern with their name. A pattern also replaces thousands of names.
+    """
+    if isinstance(schemes, Scheme) or len(set(schemes.values())) == 1:
+        return {
+            scheme: ["Linear"] for scheme in ([schemes] if isinstance(schemes, Scheme) else schemes.values())
+        }
+    members = {name: match.group(1, 3) for name in schemes if (match := _MEMBER.fullmatch(name))}
+    in_list: dict[tuple[str, str], set[Scheme]] = {}
+    for name, member in members.items():
+        in_list.setdefault((member[0], member[1]), set()).add(schemes[name])
+    groups: dict[Scheme, dict[str, None]] = {}
+    for name, scheme in schemes.items():
+        owner, leaf = members.get(name, ("", ""))
+        is_alike = len(in_list.get((owner, leaf), ())) == 1
+        target = f"re:{re.escape(owner)}\\.\\d+\\.{re.escape(leaf)}$" if is_alike else name
+        groups.setdefault(scheme, {})[target] = None
+    return {scheme: list(targets) for scheme, targets in groups.items()}
 
 
 def schemes_from_config(config: Mapping[str, Any], linears: Mapping[str, nn.Module]) -> dict[str, Scheme]:

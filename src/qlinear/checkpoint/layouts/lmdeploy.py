@@ -17,7 +17,16 @@ from ...errors import CheckpointError, SchemeError
 from ...formats.rounding import QuantizedTensor
 from ...formats.scheme import Scheme, TensorFormat
 from ..reader import Checkpoint
-from .base import QuantizedLinear, Schemes, as_scheme, is_excluded, only_scheme, plain_shape, require
+from .base import (
+    QuantizedLinear,
+    Schemes,
+    as_scheme,
+    is_excluded,
+    only_scheme,
+    plain_shape,
+    require,
+    without_patterns,
+)
 
 QUANT_METHOD = "smooth_quant"
 SCALE_NAME = "scale"
@@ -29,7 +38,11 @@ HOLDS_TRANSPOSED = True
 def quantization_config(schemes: Schemes, ignore: Sequence[str]) -> dict[str, Any]:
     """See `Layout`. All linears share one scheme."""
     dtype = _dtype(only_scheme(schemes, "lmdeploy"))
-    return {"quant_method": "smooth_quant", "quant_dtype": dtype, "modules_to_not_convert": list(ignore)}
+    return {
+        "quant_method": "smooth_quant",
+        "quant_dtype": dtype,
+        "modules_to_not_convert": without_patterns(ignore),
+    }
 
 
 def schemes_from_config(config: Mapping[str, Any], linears: Mapping[str, nn.Module]) -> dict[str, Scheme]:
