@@ -8,19 +8,20 @@ The rooms, from the bottom of the house to the top; a module imports from its ow
                     onednn_product, torch_int4, weight_only, fused_quantize, pack_cache
     nn/             the layer as modules: qlinear, linear_state, qat, norms, smoothed_linear, tensor_parallel,
                     activation_range, encoder_fast_path
-    data/           calibration and evaluation text as token ids: sources, tokens
+    data/           calibration and evaluation text as token ids: rows, sources, tokens
     demo/           the embedded model and its text:
     algorithms/     tensors in, codes out, one file per algorithm: base, rtn, gptq, awq, smoothquant,
                     alpha_search, parts
     checkpoint/     files only: reader, writer, safetensors_header, torch_bin, output_dir, checksums, dequantized_view,
                     layouts
     streaming/      a checkpoint as a model with one block in memory: streamed_model, lanes, find_blocks, spill,
-                    prefetch, buffer_pool, meta_model, weight_map, hf_conversion, open_model, random_weights, diagnose
+                    prefetch, buffer_pool, meta_model, weight_map, hf_conversion, open_model, random_weights,
+                    plain_linear, diagnose
     tracing/        who feeds whom in a block, found by running it and proved: trace, experiment, folds, find_folds,
                     proof, on_meta
     calibration/    statistics of what weights read: stats, collect, stats_file
-    pipeline/       the job, and what happens to one block: options, select_layers, check_weights, run, loop,
-                    lane_sets, block, quantize_block, smooth_block, smoothing, group_statistics,
+    pipeline/       the job, and what happens to one block: options, select_layers, float_modules, check_weights,
+                    run, loop, lane_sets, block, quantize_block, smooth_block, smoothing, group_statistics,
                     quantize_groups, rounded_inputs, refine_block, propagate, output
     api/            one file per public function, which is one command: quantize, calibrate, evaluate, inspect, convert,
                     load, generate, dry_run, quantize_module

@@ -142,13 +142,17 @@ def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
         ("a.jsonl", b'{"text": "ok"}\n{"body": "x"}\n', "a.jsonl, line 2: neither a string `text` nor"),
         ("a.jsonl", b'{"text": "ok"}\n\n{"text": 3}\n', "a.jsonl, line 3: neither a string `text` nor"),
         ("a.jsonl", b'{"messages": []}\n', "a.jsonl, line 1: neither a string `text` nor"),
-        ("a.jsonl", b'{"messages": [{"content": "x"}]}\n', "a.jsonl, line 1: neither a string `text` nor"),
+        (
+            "a.jsonl",
+            b'{"messages": [{"content": "x"}]}\n',
+            "a.jsonl, line 1: `messages` must be a list of messages",
+        ),
         ("a.jsonl", b'{"text": "ok"}\n{"text": \n', "a.jsonl, line 2: not JSON"),
         ("a.jsonl", b'["text"]\n', "a.jsonl, line 1: a row must be an object .* got list"),
         (
             "a.csv",
             b"text\n",
-            r"a.csv is of an unknown kind '.csv': the kinds read are .txt, .jsonl, .parquet",
+            r"a.csv is of an unknown kind '.csv': the kinds read are .txt, .json, .jsonl, .parquet",
         ),
     ],
 )
@@ -170,7 +174,7 @@ def test_a_missing_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"holds no .txt, .jsonl, .parquet file"):
+    with pytest.raises(DataError, match=r"holds no .txt, .json, .jsonl, .parquet file"):
         load_texts(tmp_path)
 
 
@@ -249,7 +253,7 @@ def test_what_a_chat_template_refuses_is_refused(
     one_line(caught)
 
 
-@pytest.mark.parametrize("document", [3, [1, 2, 3], b"bytes", [], torch.zeros(2)])
+@pytest.mark.parametrize("document", [3, [1.5, 2], b"bytes", [], torch.zeros(2)])
 def test_a_document_is_text_or_messages(tokenizer: PreTrainedTokenizerFast, document: object) -> None:
     with pytest.raises(DataError, match="must be a text or a list of messages"):
         tokenize([document], tokenizer, 1, 1)  # type: ignore[list-item]
@@ -384,3 +388,156 @@ def test_length_is_checked_before_text_is_read() -> None:
 
 def test_a_model_without_a_limit_takes_any_length() -> None:
     check_length(AutoConfig.for_model("bloom"), 1 << 20)
+
+
+# Rows as data sets have them
+
+
+PARTS = [{"type": "text", "text": words(0, 2)}, {"type": "text", "text": f" {words(2, 1)}"}]
+KNOWN_ROWS = {
+    "parts": ({"messages": [{"role": "user", "content": PARTS}]}, "user w0 w1 w2 "),
+    "parts in Python": ({"messages": [{"role": "user", "content": ["w0", " w1"]}]}, "user w0 w1 "),
+    "no content": ({"messages": [{"role": "user", "content": None}]}, "user  "),
+    "empty text": ({"text": "", "messages": [{"role": "user", "content": "w1"}]}, "user w1 "),
+    "null text": ({"text": None, "messages": [{"role": "user", "content": "w1"}]}, "user w1 "),
+    "sharegpt": ({"conversations": [{"from": "human", "value": "w1"}]}, "user w1 "),
+    "sharegpt system": (
+        {"system": "w9", "conversations": [{"from": "human", "value": "w1"}]},
+        "system w9 user w1 ",
+    ),
+    "roles in conversations": ({"conversations": [{"role": "user", "content": "w1"}]}, "user w1 "),
+    "prompt and completion": ({"prompt": "w1 ", "completion": "w2"}, "w1 w2"),
+    "prompt alone": ({"prompt": "w1"}, "w1"),
+    "conversations of both": (
+        {"prompt": [{"role": "user", "content": "w1"}], "completion": [{"role": "user", "content": "w2"}]},
+        "user w1 user w2 ",
+    ),
+    "alpaca": ({"instruction": "w1", "input": "w2", "output": "w3"}, "user w1\n\nw2 assistant w3 "),
+    "alpaca without input": ({"instruction": "w1", "input": "", "output": "w3"}, "user w1 assistant w3 "),
+}
+
+
+def encoded(tokenizer: PreTrainedTokenizerFast, text: str, is_chat: bool) -> list[int]:
+    ids: list[int] = tokenizer(f"<s>{text}" if is_chat else text, add_special_tokens=not is_chat)["input_ids"]
+    return ids
+
+
+@pytest.mark.parametrize("name", KNOWN_ROWS)
+@pytest.mark.parametrize("source", ["jsonl", "json", "lines in json", "nested json", "Python"])
+def test_rows_of_known_fields_are_rendered(
+    name: str, source: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    row, text = KNOWN_ROWS[name]
+    chat = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", unk_token="<unk>"
+    )
+    chat.chat_template = TEMPLATE
+    path = tmp_path / ("a.jsonl" if source == "jsonl" else "a.json")
+    content = {"json": json.dumps([row]), "nested json": json.dumps({"version": 1, "data": [row]})}
+    path.write_text(content.get(source, f"{json.dumps(row)}\n{json.dumps(row)}\n"))
+    expected = encoded(chat, text, text.startswith(("user ", "system ")))
+    ids = tokenize([row] if source == "Python" else load_texts(path), chat, 1, len(expected), None)
+    assert ids.tolist() == [expected]
+
+
+def test_an_instruction_needs_no_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    row = {"instruction": "w1", "input": "w2", "output": "w3"}
+    assert (
+        tokenize([row], tokenizer, 1, 4, None).tolist()
+        == tokenize(["w1\n\nw2\n\nw3"], tokenizer, 1, 4).tolist()
+    )
+
+
+def test_tools_reach_the_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    chat = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", unk_token="<unk>"
+    )
+    chat.chat_template = "{% for tool in tools %}{{ tool.name }} {% endfor %}" + TEMPLATE.replace(
+        "{{ bos_token }}", ""
+    )
+    turns = [{"role": "user", "content": "w1"}]
+    for tools in ([{"name": "w7"}], '[{"name": "w7"}]'):
+        ids = tokenize([{"messages": turns, "tools": tools}], chat, 1, 3, None)
+        assert ids.tolist() == [chat("w7 user w1", add_special_tokens=False)["input_ids"]]
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]},
+            "part of type 'image'",
+        ),
+        ({"messages": [{"role": "user", "content": 3}]}, "part of type 'int'"),
+        ({"messages": "hello"}, "`messages` must be a list"),
+        ({"conversations": [{"from": "human"}]}, "`conversations` must be a list"),
+        ({"messages": [{"role": "user", "content": "x"}], "tools": "{"}, "no JSON"),
+        ({"messages": [{"role": "user", "content": "x"}], "tools": [1]}, "list of objects"),
+        ({"prompt": "x", "completion": [{"role": "user", "content": "x"}]}, "both be texts"),
+        ({"question": "x"}, "its fields: question"),
+    ],
+)
+def test_rows_that_cannot_be_rendered_are_refused_by_place(
+    row: object, complaint: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=rf"a\.jsonl, line 2: .*{complaint}") as from_file:
+        load_texts(write_jsonl(tmp_path / "a.jsonl", {"text": "w1"}, row))
+    assert "\n" not in str(from_file.value)
+    with pytest.raises(DataError, match=rf"document 1: .*{complaint}"):
+        tokenize([row], tokenizer, 1, 2, None)
+
+
+def test_a_template_that_fails_is_named_with_the_row(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    chat = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", unk_token="<unk>"
+    )
+    chat.chat_template = "{{ messages[0].content + 3 }}"
+    path = write_jsonl(tmp_path / "a.jsonl", {"messages": [{"role": "user", "content": "x"}]})
+    with pytest.raises(DataError, match=r"a\.jsonl, line 1: the chat template refuses"):
+        tokenize(load_texts(path), chat, 1, 2)
+
+
+def test_surrogates_without_a_partner_are_replaced(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "w1 \\ud83d w2 \\ud83d\\ude00"}\n')
+    assert tokenize(load_texts(path), tokenizer, 1, 5, None).tolist() == [[BOS, 4, 1, 5, 1]]
+
+
+@pytest.mark.parametrize(
+    "name", ["dict", "BatchEncoding", "numpy", "lists", "rows of ids", "rows of BatchEncodings"]
+)
+def test_ids_are_taken_whatever_holds_them(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    from transformers import BatchEncoding
+
+    ids = torch.arange(3, 19).view(2, 8)
+    given = {
+        "dict": {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+        "BatchEncoding": BatchEncoding({"input_ids": ids}),
+        "numpy": ids.numpy(),
+        "lists": ids.tolist(),
+        "rows of ids": list(ids),
+        "rows of BatchEncodings": [BatchEncoding({"input_ids": row[None]}) for row in ids],
+    }[name]
+    actual = token_ids(given, 2, 8, config=CONFIG, tokenizer=lambda: tokenizer, seed=None)
+    assert torch.equal(actual, ids)
+
+
+def test_padding_among_given_ids_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = torch.arange(3, 19).view(2, 8)
+    with pytest.raises(DataError, match="padding"):
+        token_ids(
+            {"input_ids": ids, "attention_mask": ids > 4}, 2, 8, config=CONFIG, tokenizer=lambda: tokenizer
+        )
+    with pytest.raises(DataError, match="equal lengths"):
+        token_ids([[1, 2], [3]], 2, 8, config=CONFIG, tokenizer=lambda: tokenizer)
+
+
+def test_a_column_of_texts_is_its_texts(tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = ["w1 w2", "w3"]
+    expected = tokenize(texts, tokenizer, 1, 5, None)
+    actual = token_ids({"text": texts}, 1, 5, config=CONFIG, tokenizer=lambda: tokenizer, seed=None)
+    assert torch.equal(actual, expected)

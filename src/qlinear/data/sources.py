@@ -1,20 +1,20 @@
 """Reads files, folders and Hub datasets into a list of documents.
 
-Every kind of source is a generator of rows. A row comes with its place (file and line), which errors name. `_document`
-turns a row into a document.
+Every kind of source is a generator of rows. A row comes with its place (file and line), which errors name. `rows`
+says what a row means.
 """
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from ..errors import DataError
+from .rows import FIELDS, Conversation, document
 
-Conversation = Sequence[Mapping[str, Any]]
 Document = str | Conversation
 
 # The most rows that are read from a Hub dataset: calibration needs hundreds, and some datasets have billions.
@@ -23,13 +23,15 @@ _HUB_ID = re.compile(r"(?P<id>[\w-][\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+))?")
 
 
 def load_texts(source: str | Path) -> list[Document]:
-    """The documents of a .txt, .jsonl or .parquet file, of all such files in a folder, or of a Hub dataset.
+    """The documents of a .txt, .json, .jsonl or .parquet file, of all such files in a folder, or of a Hub dataset.
 
-    A .txt file is one document. A row of the other kinds is one document, in its field `text` or `messages`. A Hub
+    A .txt file is one document. A row of the other kinds is one document, in the fields that `rows` lists. A Hub
     dataset is named "owner/name" or "owner/name:config"; the first 10,000 rows of its training split are read. Blank
     texts are skipped. Raises DataError, naming file and line, for anything that cannot be read.
     """
-    texts = [text for place, row in _rows(source) if not _is_blank(text := _document(row, place))]
+    texts: list[Document] = [
+        text for place, row in _rows(source) if not _is_blank(text := document(row, place))
+    ]
     if not texts:
         raise DataError(f"{source} holds no text: it is empty or blank")
     return texts
@@ -62,26 +64,6 @@ def _is_blank(document: Document) -> bool:
     return isinstance(document, str) and not document.strip()
 
 
-def _document(row: Any, place: str) -> Document:
-    """The text or the messages of one row. Raises DataError, naming the place, where it has neither."""
-    if not isinstance(row, Mapping):
-        raise DataError(
-            f"{place}: a row must be an object with `text` or `messages`; got {type(row).__name__}"
-        )
-    if isinstance(text := row.get("text"), str):
-        return text
-    if is_conversation(messages := row.get("messages")):
-        return messages
-    raise DataError(f"{place}: neither a string `text` nor a list `messages` of role and content")
-
-
-def is_conversation(value: Any) -> TypeGuard[Conversation]:
-    """Whether a value is a list of at least one message, each with a role."""
-    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
-        return False
-    return bool(value) and all(isinstance(m, Mapping) and "role" in m for m in value)
-
-
 def _text_rows(path: Path) -> Iterator[tuple[str, Any]]:
     yield str(path), {"text": _read(path)}
 
@@ -93,8 +75,32 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
             place = f"{path}, line {number}"
             try:
                 yield place, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{place}: not JSON ({error.msg} at column {error.colno})") from None
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{place}: not JSON ({_reason(error)})") from None
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """A list of rows, such a list in the only field of an object, a single row, or JSON lines."""
+    text = _read(path)
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # lines of JSON go by this suffix, too
+            return _jsonl_rows(path)
+        raise DataError(f"{path}, line {error.lineno}: not JSON ({_reason(error)})") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON ({_reason(error)})") from None
+    if isinstance(content, Mapping) and not content.keys() & set(FIELDS):
+        lists = [value for value in content.values() if isinstance(value, list)]
+        content = lists[0] if len(lists) == 1 else content
+    rows = content if isinstance(content, list) else [content]
+    return ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _reason(error: Exception) -> str:
+    return (
+        f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else one_line(error)
+    )
 
 
 def _read(path: Path) -> str:
@@ -111,16 +117,21 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     except (OSError, arrow.ArrowException) as error:
         raise DataError(f"{path} is no parquet file: {one_line(error)}") from None
     with file:
-        columns = [name for name in ("text", "messages") if name in file.schema_arrow.names]
+        columns = [name for name in FIELDS if name in file.schema_arrow.names]
         if not columns:
             raise DataError(
                 f"{path} has no column `text` or `messages`; its columns: {file.schema_arrow.names}"
             )
         number = 0
-        for batch in file.iter_batches(columns=columns):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}, row {number}", row
+        try:
+            for batch in file.iter_batches(columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", row
+        except (OSError, ValueError, arrow.ArrowException) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{path} is damaged after row {number}: {one_line(error)}") from None
 
 
 def _hub_rows(name: str, config: str | None) -> Iterator[tuple[str, Any]]:
@@ -136,7 +147,7 @@ def _hub_rows(name: str, config: str | None) -> Iterator[tuple[str, Any]]:
 
 
 # How files become rows, by suffix.
-_READERS = {".txt": _text_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
+_READERS = {".txt": _text_rows, ".json": _json_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
 _KINDS = ", ".join(_READERS)
 
 

@@ -14,12 +14,16 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from .sources import Conversation, Document, is_conversation, load_texts, one_line
+from .rows import Messages, document, is_conversation
+from .sources import Document, load_texts, one_line
 
 if TYPE_CHECKING:  # importing transformers takes seconds, and random ids and tensors do not need it
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-Source = str | Path | Tensor | Iterable[Document]
+# Files and ids by name, token ids in whatever holds them, or documents, rows and ids one by one.
+Source = str | Path | Tensor | Mapping[str, Any] | Iterable[Document | Mapping[str, Any]]
+# What the code in a chat template may raise for a conversation that it does not expect.
+_TEMPLATE_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 def token_ids(
@@ -33,20 +37,32 @@ def token_ids(
 ) -> Tensor:
     """Token ids (n, seq_len), int64, from any source; n is at most `samples`, fewer where the text is short.
 
-    source: "random"; a .txt, .jsonl or .parquet file, or a folder of them; a Hub dataset id; documents; or token ids
-    (n, any length), which are used as they are, all of them. config: the model's. tokenizer: returns the tokenizer;
+    source: "random"; a .txt, .json, .jsonl or .parquet file, or a folder of them; a Hub dataset id; documents or rows;
+    or token ids (n, any length), all used as they are, in a tensor, an array, lists or a mapping with `input_ids`.
+    config: the model's. tokenizer: returns the tokenizer;
     called only where there is text. seed: for the choice of sequences; None takes the first ones in order. Raises
     DataError.
     """
     text_config = config.get_text_config()
-    if isinstance(source, Tensor):
-        return _checked_ids(source, text_config)
+    given = None if isinstance(source, str | Path) else given_ids(source)
+    if given is not None:
+        return _checked_ids(given, text_config)
     _require_positive(samples=samples, seq_len=seq_len)
     check_length(config, seq_len)
-    if source == "random":
+    if isinstance(source, str) and source == "random":
         return random_ids(config, samples, seq_len, seed or 0)
-    texts = load_texts(source) if isinstance(source, str | Path) else source
+    texts = load_texts(source) if isinstance(source, str | Path) else _documents(source)
     return _checked_ids(tokenize(texts, tokenizer(), samples, seq_len, seed), text_config)
+
+
+def _documents(source: Any) -> Iterable[Any]:
+    """What a source from Python holds: itself where it is a row, the texts of a column, or its elements."""
+    if isinstance(source, Mapping):
+        column = source.get("text")
+        return column if isinstance(column, list | tuple) else [source]
+    if not isinstance(source, Iterable):
+        raise DataError(f"calibration text must be a file, texts or token ids; got {type(source).__name__}")
+    return source
 
 
 def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
@@ -67,7 +83,7 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> "P
 
 
 def tokenize(
-    texts: Iterable[Document],
+    texts: Iterable[Any],
     tokenizer: "PreTrainedTokenizerBase",
     samples: int,
     seq_len: int,
@@ -81,14 +97,14 @@ def tokenize(
     for conversations where the tokenizer has no chat template.
     """
     _require_positive(samples=samples, seq_len=seq_len)
-    documents, draw = list(texts), random.Random(seed)
+    documents, draw = list(enumerate(texts, 1)), random.Random(seed)
     if not documents:
         raise DataError("there is no text: the source is empty")
     if seed is not None:
         draw.shuffle(documents)
     stream: list[int] = []
-    for document in documents:
-        stream += _encode(document, tokenizer)
+    for number, item in documents:
+        stream += _encode(item, tokenizer, f"document {number}")
         if len(stream) >= samples * seq_len:
             break
     rows = len(stream) // seq_len
@@ -102,31 +118,82 @@ def tokenize(
     return torch.tensor(stream[: rows * seq_len]).view(rows, seq_len)[chosen]
 
 
-def _encode(document: Document, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The token ids of one document. A chat template writes the special tokens itself, so none are added."""
-    if isinstance(document, str):
-        ids: list[int] = tokenizer(document, verbose=False)["input_ids"]
+def _encode(item: Any, tokenizer: "PreTrainedTokenizerBase", place: str) -> list[int]:
+    """The token ids of one document, row or list of ids. A chat template writes the special tokens itself."""
+    if isinstance(item, Mapping) and "input_ids" not in item:
+        item = document(item, place)
+    if isinstance(item, Messages) and item.plain and getattr(tokenizer, "chat_template", None) is None:
+        item = item.plain
+    if isinstance(item, str):
+        ids: list[int] = tokenizer(_well_formed(item), verbose=False)["input_ids"]
         return ids
-    if not is_conversation(document):
+    if is_conversation(item):
+        text = _as_text(item if isinstance(item, Messages) else Messages(item, place), tokenizer)
+        ids = tokenizer(_well_formed(text), add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+    given = given_ids(item, place)
+    if given is None or given.is_floating_point() or given.dtype == torch.bool:
         raise DataError(
-            f"a document must be a text or a list of messages, got {type(document).__name__}: token ids are "
-            "given as a LongTensor (n, seq_len)"
+            f"{place} must be a text or a list of messages, got {type(item).__name__}: token ids are given as a "
+            "LongTensor (n, seq_len)"
         )
-    ids = tokenizer(_as_text(document, tokenizer), add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
+    return given.flatten().tolist()
 
 
-def _as_text(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase") -> str:
+def _well_formed(text: str) -> str:
+    """The text with surrogates that have no partner, which no UTF-8 can hold, replaced by U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def given_ids(source: Any, place: str = "the token ids") -> Tensor | None:
+    """Token ids that are given as such, whatever holds them; None where it is something else.
+
+    A tensor, an array, a (nested) list of integers, or a mapping such as a `BatchEncoding` with them as `input_ids`.
+    Raises DataError for padding, and for lists of different lengths.
+    """
+    mask = None
+    if isinstance(source, Mapping):
+        if "input_ids" not in source:
+            return None
+        source, mask = source["input_ids"], source.get("attention_mask")
+    if not isinstance(source, Tensor):
+        is_array = hasattr(source, "__array__")
+        nested = isinstance(source, list | tuple) and source and isinstance(_first(source), int)
+        if not (is_array or nested):
+            return None
+        try:
+            source = torch.as_tensor(source)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DataError(
+                f"{place} cannot be made a tensor ({one_line(error)}): give equal lengths"
+            ) from None
+    if mask is not None and not bool(torch.as_tensor(mask).bool().all()):
+        raise DataError(
+            f"{place} have padding (attention_mask 0), which would enter the statistics: give full sequences"
+        )
+    return source  # type: ignore[no-any-return]
+
+
+def _first(values: Any) -> Any:
+    while isinstance(values, list | tuple) and values:
+        values = values[0]
+    return values
+
+
+def _as_text(messages: Messages, tokenizer: "PreTrainedTokenizerBase") -> str:
     if getattr(tokenizer, "chat_template", None) is None:
         raise DataError(
-            "the text has `messages`, but the tokenizer has no chat template: give `text` instead"
+            f"{messages.place}: the text has `messages`, but the tokenizer has no chat template: give `text` instead"
         )
     from jinja2 import TemplateError
 
     try:
-        return str(tokenizer.apply_chat_template([dict(m) for m in conversation], tokenize=False))
-    except TemplateError as error:
-        raise DataError(f"the chat template refuses a conversation: {one_line(error)}") from None
+        turns: list[dict[str, Any]] = [dict(message) for message in messages]
+        return str(tokenizer.apply_chat_template(turns, tools=messages.tools, tokenize=False))
+    except (TemplateError, *_TEMPLATE_ERRORS) as error:
+        raise DataError(
+            f"{messages.place}: the chat template refuses a conversation: {one_line(error)}"
+        ) from None
 
 
 def random_ids(config: "PreTrainedConfig", samples: int, seq_len: int, seed: int = 0) -> Tensor:
