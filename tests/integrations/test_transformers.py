@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import qlinear
+from qlinear.formats.scheme import SCHEMES
 from qlinear.nn import QLinear, SmoothedLinear
 
 from ..support.models import save_model, save_tokenizer
@@ -89,6 +90,23 @@ def test_what_it_saves_is_what_it_loaded(case: str, dtype: torch.dtype, tmp_path
     assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
     assert torch.equal(logits(loaded(again)), logits(model))
     assert torch.equal(logits(qlinear.load(again)), logits(model))
+
+
+GROUPED = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 32}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_loads_and_is_saved_as_it_was(scheme: str, tmp_path: Path) -> None:
+    source, folder, again = (tmp_path / name for name in ("source", "out", "again"))
+    save_model(source, dtype=torch.bfloat16, **GROUPED)
+    qlinear.quantize(source, folder, scheme, format="qlinear", calibration=IDS, migration_scale="always")
+    model = loaded(folder)
+    assert torch.equal(logits(model), logits(qlinear.load(folder)))
+    model.save_pretrained(again)
+    before, after = (load_file(path / "model.safetensors") for path in (folder, again))
+    assert before.keys() == after.keys()
+    assert all(before[name].dtype == after[name].dtype for name in before)
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_int8_experts_load_and_are_not_saved_as_floats(tmp_path: Path) -> None:

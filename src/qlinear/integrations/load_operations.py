@@ -4,6 +4,7 @@ The loader collects the tensors that belong to one parameter, calls `convert` wi
 tensor that is no part of a quantized linear passes through, in the dtype of its parameter.
 """
 
+from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 import torch
@@ -16,11 +17,20 @@ from ..formats.scheme import Scheme
 from .find_layers import Layers
 
 
+@dataclass(frozen=True, slots=True)
+class StoredScale:
+    """What the file says of a weight's scales and a `QLinear` does not keep: their dtype there, and the global scale
+    that they were divided by, (1,), or None."""
+
+    dtype: torch.dtype
+    global_scale: Tensor | None
+
+
 class Quantizer(Protocol):
-    """What the operations know of the quantizer: the model's layers, and the stored dtypes of scales by module."""
+    """What the operations know of the quantizer. stored_scales: by the model's module names, filled in here."""
 
     layers: Layers | None
-    scale_dtypes: dict[str, torch.dtype]
+    stored_scales: dict[str, StoredScale]
 
 
 class _Operation(ConversionOps):
@@ -54,7 +64,8 @@ class UnpackLinear(_Operation):
         if module in layers.schemes:
             named = {f"{module}.{leaf}": tensor for leaf, tensor in tensors.items()}
             linear = unpack(module, named, layers.schemes[module])
-            self.hf_quantizer.scale_dtypes[module] = tensors["weight_scale"].dtype
+            stored = StoredScale(tensors["weight_scale"].dtype, linear.weight.global_scale)
+            self.hf_quantizer.stored_scales[module] = stored
             return {f"{module}.{leaf}": tensor for leaf, tensor in _buffers(linear).items()}
         state = model.get_submodule(module)
         return {f"{module}.{leaf}": tensor.to(getattr(state, leaf).dtype) for leaf, tensor in tensors.items()}

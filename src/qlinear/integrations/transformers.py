@@ -40,13 +40,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .find_layers import Layers
+    from .load_operations import StoredScale
 
 logger = logging.get_logger(__name__)
 
 # The last parts of the names that a linear's tensors have in the file, its bias aside.
 LEAVES = (
-    *("weight", "weight_packed", "weight_shape", "weight_scale", "weight_zero_point"),
-    *("input_scale", "input_zero_point", "migration_scale"),
+    *("weight", "weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_global_scale"),
+    *("input_scale", "input_zero_point", "input_global_scale", "migration_scale"),
 )
 
 
@@ -68,8 +69,7 @@ class QLinearQuantizer(HfQuantizer):
     def __init__(self, quantization_config: QLinearConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.layers: Layers | None = None
-        # The dtypes in which the file stores scales, by the module's name.
-        self.scale_dtypes: dict[str, torch.dtype] = {}
+        self.stored_scales: dict[str, StoredScale] = {}
 
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -116,7 +116,7 @@ class QLinearQuantizer(HfQuantizer):
             if isinstance(layer, QLinear):
                 for leaf in LEAVES:
                     state.pop(f"{name}.{leaf}", None)
-                state |= pack(name, _held(layer, self.scale_dtypes.get(name, torch.float32)))
+                state |= pack(name, _held(layer, self.stored_scales[name]))
         return state, {}
 
     def is_serializable(self) -> bool:
@@ -149,9 +149,10 @@ def _empty_qlinear(linear: nn.Module, scheme: Scheme, has_migration_scale: bool)
     return layer
 
 
-def _held(layer: QLinear, scale_dtype: torch.dtype) -> QuantizedLinear:
+def _held(layer: QLinear, stored: "StoredScale") -> QuantizedLinear:
     """What a layout packs of a layer."""
-    weight = QuantizedTensor(layer.weight, layer.weight_scale, layer.weight_zero_point, layer.scheme.weight)
+    codes, scale, zero_point = layer.weight, layer.weight_scale, layer.weight_zero_point
+    weight = QuantizedTensor(codes, scale, zero_point, layer.scheme.weight, stored.global_scale)
     return QuantizedLinear(
-        layer.scheme, weight, scale_dtype, layer.input_scale, layer.input_zero_point, layer.migration_scale
+        layer.scheme, weight, stored.dtype, layer.input_scale, layer.input_zero_point, layer.migration_scale
     )
