@@ -53,12 +53,21 @@ def save_source(name: str, folder: Path) -> Path:
     return save_model(folder, name.split("-")[0], **SOURCES[name])
 
 
-@pytest.fixture(scope="module", params=SOURCES)
+# Each source with the dtypes to compute in; what the processor would choose does not matter.
+COMPUTED = [
+    (name, dtype)
+    for name, options in SOURCES.items()
+    for dtype in (["float32", "bfloat16"] if options.get("dtype") == torch.bfloat16 else ["float32"])
+]
+
+
+@pytest.fixture(scope="module", params=COMPUTED, ids="-".join)
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A source and what the job made of it."""
-    folder = tmp_path_factory.mktemp(request.param)
-    source = save_source(request.param, folder / "source")
-    qlinear.quantize(source, folder / "out", **QUICK)
+    """A source, and the job's output."""
+    name, dtype = request.param
+    folder = tmp_path_factory.mktemp(f"{name}-{dtype}")
+    source = save_source(name, folder / "source")
+    qlinear.quantize(source, folder / "out", dtype=dtype, **QUICK)
     return source, folder / "out"
 
 
@@ -152,10 +161,13 @@ def test_what_is_not_quantized_keeps_its_dtype_and_shape(made: tuple[Path, Path]
     assert all(name.removesuffix("_scale") in before for name in set(after) - set(before))
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2", "gemma3_text", "phi3", "opt"])
-def test_folding_leaves_the_float_function_unchanged(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [case for case in COMPUTED if case[0] in ("llama", "llama-tied", "qwen2", "gemma3_text", "phi3", "opt")],
+)
+def test_folding_leaves_the_float_function_unchanged(name: str, dtype: str, tmp_path: Path) -> None:
     source = save_source(name, tmp_path / "source")
-    qlinear.quantize(source, tmp_path / "out", scheme="none", **QUICK)
+    qlinear.quantize(source, tmp_path / "out", scheme="none", dtype=dtype, **QUICK)
     before, after = tensors_of(source), tensors_of(tmp_path / "out")
     assert any(not torch.equal(before[key], after[key]) for key in before if "norm" in key)
     # Weights are stored rounded to the file's dtype once more: that is all that may differ.

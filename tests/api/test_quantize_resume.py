@@ -22,7 +22,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "llama-kept": {"format": "qlinear", "migration_scale": "always", "propagate": True},
     "llama-float": {"scheme": "none", "format": "qlinear", "migration_scale": "always"},
     "qwen3_moe": {"algorithm": "awq"},
-    "gemma3_text": {"scheme": "w8a8-static", "max_shard_size": 9000, "propagate": True},
+    "gemma3_text": {
+        "scheme": "w8a8-static",
+        "max_shard_size": 9000,
+        "propagate": True,
+        "dtype": "bfloat16",
+    },  # fmt: skip
 }
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 12},

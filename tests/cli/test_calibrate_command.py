@@ -74,10 +74,11 @@ def test_mistakes_are_one_line_and_leave_the_file_as_it_was(run: Run, tmp_path: 
     assert load_statistics(file).inputs
 
 
-def test_the_same_seed_gives_the_same_bytes(run: Run, tmp_path: Path) -> None:
-    model = save_model(tmp_path / "model", dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_same_seed_gives_the_same_bytes(dtype: str, run: Run, tmp_path: Path) -> None:
+    model, options = save_model(tmp_path / "model", dtype=torch.bfloat16), ("--seed", "3", "--dtype", dtype)
     for name in ("a.safetensors", "b.safetensors"):
-        assert run("calibrate", model, tmp_path / name, *QUICK, "--quiet", "--seed", "3")[0] == 0
+        assert run("calibrate", model, tmp_path / name, *QUICK, "--quiet", *options)[0] == 0
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 

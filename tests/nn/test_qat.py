@@ -86,7 +86,7 @@ def train(student: nn.Module, teacher: nn.Module, batches: tuple[Tensor, ...]) -
 @pytest.fixture(scope="module")
 def smoothed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("smoothed") / "model"
-    qlinear.quantize("demo", out, "none", samples=16, seq_len=256)
+    qlinear.quantize("demo", out, "none", samples=16, seq_len=256, dtype="float32")
     return out
 
 
