@@ -1,7 +1,7 @@
-"""What quantization cost: perplexity, and how far the next-token distribution moved from the original's.
+"""`qlinear evaluate`: perplexity, and how far a model's next-token distribution is from the original's.
 
-Both models are streamed: each is taken through its blocks one at a time, and only at the output heads do they
-stand side by side. So two models that do not fit in memory together, or at all, can be compared.
+Both models are streamed, one block of one model in memory at a time. They meet at their output heads, where the
+logits of each sequence are compared. So the two need not fit in memory together, nor even alone.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -86,10 +86,11 @@ def compare(
     batches = batches_of(tokens, 1)
     scores: list[Scores] = []
     with ExitStack() as stack, torch.no_grad():
-        arrived = [stack.enter_context(at_heads(each, batches, progress)) for each in models]
+        arrived = [stack.enter_context(at_heads(streamed, batches, progress)) for streamed in models]
         for i, batch in enumerate(batches):
             logits = [
-                _logits(lanes[i], head, each) for (lanes, head), each in zip(arrived, models, strict=True)
+                _logits(lanes[i], head, streamed)
+                for (lanes, head), streamed in zip(arrived, models, strict=True)
             ]
             scores.append(score(batch["input_ids"].to(model.device), *logits))
             progress("comparing outputs", i + 1, len(batches))
@@ -100,7 +101,7 @@ def compare(
 def at_heads(
     model: StreamedModel, batches: Sequence[Mapping[str, Any]], progress: Progress
 ) -> Iterator[tuple[Lanes, nn.Module]]:
-    """The batches taken through every block of a model, and standing before its output head, which is loaded."""
+    """Context manager: the batches have passed every block, and wait before the output head, which is in memory."""
     with model.lanes(batches) as lanes:
         while (block := lanes.at) is not None and block is not model.head:
             progress(f"running {model.name}", model.position(block), len(model.blocks))
@@ -113,9 +114,10 @@ def at_heads(
 
 
 def _logits(lane: Lane, head: nn.Module, model: StreamedModel) -> Tensor:
-    """Let the lane run through the head to its end, and take its logits (batch, seq_len, vocabulary).
+    """Run a lane through the head to its end. Returns the logits (batch, seq_len, vocabulary), in the model's dtype.
 
-    Raises NumericsError if none of a token's is a number. Minus infinity is one: it is how models rule a token out.
+    Raises NumericsError where the largest logit of a token is NaN or infinite. Single logits may be minus infinity,
+    by which models exclude a token.
     """
     while lane.call is not None:
         lane.step(head)
@@ -162,7 +164,7 @@ def _summary(scores: Sequence[Scores]) -> Evaluation:
     loss = torch.cat([s.loss for s in scores])
     reference = _joined([s.reference_loss for s in scores])
     kl, agrees = _joined([s.kl for s in scores]), _joined([s.agrees for s in scores])
-    each = tuple(float(s.kl.double().mean()) for s in scores if s.kl is not None)
+    per_sequence = tuple(float(s.kl.double().mean()) for s in scores if s.kl is not None)
     return Evaluation(
         perplexity=float(loss.double().mean().exp()),
         reference_perplexity=None if reference is None else float(reference.double().mean().exp()),
@@ -170,8 +172,8 @@ def _summary(scores: Sequence[Scores]) -> Evaluation:
         kl_p99=None if kl is None else float(kl.kthvalue(max(1, round(0.99 * len(kl)))).values),
         top1_agreement=None if agrees is None else float(agrees.double().mean()),
         tokens=len(loss),
-        kl_error=standard_error(each) if len(each) > 1 else None,
-        sequence_kl=each,
+        kl_error=standard_error(per_sequence) if len(per_sequence) > 1 else None,
+        sequence_kl=per_sequence,
     )
 
 

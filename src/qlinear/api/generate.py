@@ -1,4 +1,4 @@
-"""A quick look at what a model says."""
+"""`qlinear generate`: a quick look at what a model says."""
 
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ def generate(
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> str:
-    """The text with which a checkpoint, quantized or not, most likely continues a prompt (greedy).
+    """Continue a prompt greedily with a checkpoint, quantized or not. Returns the new text alone.
 
-    device: what it is computed on, "cpu" or "cuda". Raises QLinearError if that is not there, if the model cannot be
-    loaded or has no tokenizer, or for more tokens than it takes.
+    model: a checkpoint folder, a Hub id, or "demo". max_new_tokens: the most tokens to add. dtype: of everything
+    that is not quantized. device: "cpu" or "cuda". Raises QLinearError where the device is not there, the model cannot be
+    loaded or has no tokenizer, or prompt and new tokens are more than the model takes.
     """
     where = as_device(device)
     tokenizer = load_tokenizer(open_checkpoint(model, revision).path, trust_remote_code=trust_remote_code)

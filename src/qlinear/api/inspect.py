@@ -1,8 +1,8 @@
-"""What `inspect` prints: every linear, what it takes before and after, and where its smoothing lives.
+"""`qlinear inspect`: every linear, its bytes before and after, and where its smoothing lives.
 
-Of a finished checkpoint this is read off its tensors and its `qlinear.json`. Of one that is yet to be quantized,
-or a config alone, it is a plan: which linears share a vector and what could take it is found by running one block
-of each kind, with random weights, since it does not depend on what they are.
+A finished checkpoint is described from its tensors and its `qlinear.json`. A float checkpoint, or a config alone, gets
+a plan: one block of each kind runs with random weights, which shows the linears that share a vector and the module that
+can take it. Neither depends on the values of the weights.
 """
 
 import json
@@ -77,8 +77,8 @@ def inspect(
     Raises QLinearError.
     """
     layout = get_layout(format)
-    found = _with_or_without_weights(model, revision, trust_remote_code)
-    source = StreamedModel(found, torch.float32, trust_remote_code)
+    checkpoint = _with_or_without_weights(model, revision, trust_remote_code)
+    source = StreamedModel(checkpoint, torch.float32, trust_remote_code)
     if quantization_config(source.checkpoint) is not None:
         return _finished(source)
     wanted = get_scheme(scheme)
@@ -100,7 +100,7 @@ def _with_or_without_weights(model: str | Path, revision: str | None, trust_remo
 
 
 def imagined_checkpoint(config: Path, trust_remote_code: bool = False) -> Checkpoint:
-    """The checkpoint that a config describes, with every tensor in its place but nothing in the file."""
+    """The checkpoint that a config describes: names, shapes and dtypes of all tensors, and no data."""
     model = build_meta_model(config, trust_remote_code=trust_remote_code)
     tensors, seen = {}, set()
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -132,7 +132,7 @@ def _planned(
 
 
 def _homes(source: StreamedModel) -> dict[str, _Home]:
-    """For each linear of the blocks: the first that shares its input, and the module that can take its smoothing."""
+    """For each linear of the blocks: the first of its group, and the module that can take its smoothing."""
     homes: dict[str, _Home] = {}
     for block, groups in groups_on_meta(source.model, source.blocks, source.head).items():
         for group in groups:
@@ -170,7 +170,7 @@ def _float_linear(source: StreamedModel, name: str, shape: tuple[int, ...], home
 
 
 def _migration(shape: tuple[int, ...], home: _Home | None, keep: MigrationPolicy) -> Migration:
-    """Where the smoothing of a linear that is quantized will live. Experts in a stack have no place to keep theirs."""
+    """Where the smoothing of a quantized linear will live. A stack of experts has no place for a vector."""
     if home is None:
         return "none"
     if home[1] is not None and keep != "always":
@@ -179,7 +179,7 @@ def _migration(shape: tuple[int, ...], home: _Home | None, keep: MigrationPolicy
 
 
 def _bytes_of(source: StreamedModel, name: str, leaf: str = "") -> int:
-    """Of all tensors, or those called `leaf`, that the file holds of a linear, or of a stack of them."""
+    """Bytes of the tensors of a linear, or of a stack, in the file. leaf: count only tensors of that last name."""
     keys = source.names.sources(name if is_parameter(source, name) else f"{name}.weight")
     modules = tuple(f"{key.removesuffix('.weight')}." for key in keys)
     tensors = source.checkpoint.tensors.items()
@@ -187,14 +187,14 @@ def _bytes_of(source: StreamedModel, name: str, leaf: str = "") -> int:
 
 
 def _finished(source: StreamedModel) -> Inspection:
-    """What a quantized checkpoint says of itself."""
+    """The inspection of a quantized checkpoint."""
     file = source.checkpoint.path / "qlinear.json"
     note = json.loads(file.read_text()) if file.is_file() else {}
-    told = {layer["name"]: layer for layer in note.get("layers", [])}
-    # What other tools made does not say what it was made from: the config's dtype then stands for the source's.
+    recorded = {layer["name"]: layer for layer in note.get("layers", [])}
+    # Other tools do not note what they started from. The config's dtype then stands for the source's.
     dtype = build_meta_model(source.checkpoint.path, trust_remote_code=source.trust_remote_code).dtype
     linears = tuple(
-        _finished_linear(source, name, shape, told.get(name, {}), dtype.itemsize)
+        _finished_linear(source, name, shape, recorded.get(name, {}), dtype.itemsize)
         for name, shape in quantizable(source, transposed=True)
     )
     grown = sum(info.bytes_before - info.bytes_after for info in linears)
@@ -203,7 +203,7 @@ def _finished(source: StreamedModel) -> Inspection:
 
 
 def _finished_linear(
-    source: StreamedModel, name: str, shape: tuple[int, ...], told: Mapping[str, Any], itemsize: int
+    source: StreamedModel, name: str, shape: tuple[int, ...], recorded: Mapping[str, Any], itemsize: int
 ) -> LinearInfo:
     scheme = source.scheme_of(name)
     after = _bytes_of(source, name)
@@ -215,5 +215,5 @@ def _finished_linear(
         before = prod(shape) * itemsize + (bias.nbytes if bias else 0)
     return LinearInfo(
         name, shape, scheme.name if scheme else None, scales, before, after,
-        told.get("group"), told.get("migration", "none"), told.get("folded_into"),
+        recorded.get("group"), recorded.get("migration", "none"), recorded.get("folded_into"),
     )  # fmt: skip

@@ -18,12 +18,14 @@ def load(
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> nn.Module:
-    """A checkpoint as a transformers model in memory; the linears of a quantized one are `QLinear`s.
+    """Load a checkpoint as a transformers model in memory, its quantized linears as `QLinear`s.
 
-    dtype: of what is not quantized; the file's own if None. Raises CheckpointError if it is none or is damaged.
+    model: a checkpoint folder, a Hub id, or "demo". device: where the model is placed. dtype: of everything that is not
+    quantized; None for the file's own. trust_remote_code: whether to run Python code of the checkpoint. revision:
+    branch, tag or commit of a Hub id. Raises CheckpointError for a folder that is no checkpoint or is damaged.
     """
     checkpoint = open_checkpoint(model, revision)
-    # The file's own dtype unless asked: what is loaded is for use, where the caller's processor decides.
+    # A loaded model is used, perhaps on another device, so the file's dtype stays unless another is asked for.
     wanted = (
         parse_dtype(dtype) or build_meta_model(checkpoint.path, trust_remote_code=trust_remote_code).dtype
     )

@@ -1,8 +1,11 @@
-"""`quantize_`: the linear layers of any module in memory, made quantized where they stand.
+"""`qlinear.quantize_`: quantizes the linear layers of any module in memory, in place.
 
-An `nn.Linear` is known by its type. Anything else that multiplies its input by a weight of its own (a raw `W`, stored
-(in, out) or (out, in); transformers' Conv1D) is known by what it does: on the example inputs, its output is compared
-with that of the linear layer it would be. What multiplies and is no such layer stays, and the result names it.
+1. The module runs on the example inputs. Hooks record which weights multiply what (`_run`).
+2. Layers are recognised. An `nn.Linear` is known by its type. Any other module with a weight of its own (a raw `W`
+   stored (in, out) or (out, in), transformers' Conv1D) is compared with the linear layer that it would be (`_recognised`).
+3. Each layer is rounded, smoothed on request, and replaced by a `QLinear`.
+
+Matrices that multiply something and belong to no linear layer stay in float. The result names them, with the reason.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,15 +29,15 @@ from ..nn.encoder_fast_path import disable_fast_paths
 from ..tracing.trace import Weight, watching_inputs
 
 _SAMPLE = 256
-# Functions that look a parameter up, or ask about it, without multiplying by it.
+# Functions that read a parameter, or ask about it, without multiplying by it.
 _HARMLESS = frozenset({"embedding", "embedding_bag", "__get__", "size", "dim", "numel", "is_floating_point"})
 _DTYPE = Tensor.dtype.__get__  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, slots=True)
 class InPlace:
-    """What became of a module. replaced: names of the layers that are quantized now. left: names of the parameters
-    that multiply something and are still float, and why."""
+    """The result. replaced: names of the layers that are quantized now. left: the parameters that multiply something
+    and are still float, by name, each with the reason."""
 
     module: nn.Module
     replaced: tuple[str, ...]
@@ -43,7 +46,9 @@ class InPlace:
 
 @dataclass(slots=True)
 class _Seen:
-    """What running the module on the examples showed: who multiplies what, and which functions took a parameter."""
+    """What the examples showed. stats: of each weight's input. groups: the weights that read one tensor, by its
+    address, shape and version. calls: arguments and output of each module's first call. uses: the functions that took a
+    parameter, by its id."""
 
     stats: dict[Weight, StatsCollector] = field(default_factory=dict)
     groups: dict[tuple[Any, ...], list[Weight]] = field(default_factory=dict)
@@ -84,7 +89,7 @@ def quantize_(
         module, {n: _quantized(layer, scheme, stats.get(n), scales.get(n)) for n, layer in layers.items()}
     )
     disable_fast_paths(module)
-    return InPlace(module, tuple(layers), _left(module, seen if example_inputs is not None else None))
+    return InPlace(module, tuple(layers), _reasons(module, seen if example_inputs is not None else None))
 
 
 def _calls(example_inputs: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -98,7 +103,7 @@ def _calls(example_inputs: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
 
 
 class _Uses(TorchFunctionMode):
-    """Notes the name of every function that takes one of the parameters, alone or in a list."""
+    """Records the name of every function that takes one of the parameters, alone or in a list."""
 
     def __init__(self, parameters: set[int], uses: dict[int, set[str]]) -> None:
         super().__init__()
@@ -115,13 +120,13 @@ class _Uses(TorchFunctionMode):
 
 
 def _run(module: nn.Module, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> _Seen:
-    """Run the examples through the module, in evaluation mode, and write down what multiplies."""
+    """Run the examples through the module in evaluation mode, and record what multiplies what."""
     seen, alive = _Seen(), []
 
     def note(weight: Weight, x: Tensor) -> None:
         if weight not in seen.stats:
             seen.stats[weight] = StatsCollector(_SAMPLE)
-            alive.append(x)  # as long as it lives, no other tensor has its address
+            alive.append(x)  # keeps the address from being reused by another tensor
             seen.groups.setdefault((x.data_ptr(), x.shape, x._version), []).append(weight)
         seen.stats[weight].update(x.detach())
 
@@ -146,7 +151,7 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _hooked(module: nn.Module, seen: _Seen) -> Iterator[None]:
-    """While open, the first call of each child that owns a matrix is kept: its arguments and its output."""
+    """Context manager: records arguments and output of the first call of each child that owns a matrix."""
 
     def keep(child: nn.Module, args: Any, output: Any) -> None:
         seen.calls.setdefault(child, (args, output))
@@ -161,10 +166,10 @@ def _hooked(module: nn.Module, seen: _Seen) -> Iterator[None]:
 
 
 def _linears(module: nn.Module, seen: _Seen) -> Iterator[tuple[str, nn.Linear]]:
-    """The layers that can be replaced, by name, each as the nn.Linear that it is or that does the same."""
+    """The layers that can be replaced, by name: each as an nn.Linear that computes the same."""
     for name, child in module.named_modules():
         linear = child if type(child) is nn.Linear else _recognised(child, _weight_of(seen, name), seen)
-        # Code that casts an input to its weight's dtype would cast it to that of the codes.
+        # Code that casts an input to its weight's dtype would cast it to the codes' dtype.
         if linear is None or any("dtype" in seen.uses.get(id(p), ()) for p in child.parameters()):
             continue
         if name == "":
@@ -175,9 +180,9 @@ def _linears(module: nn.Module, seen: _Seen) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def _weight_of(seen: _Seen, name: str) -> Weight | None:
-    """The one weight of this module that multiplied, if it has just one."""
-    own = {weight for weight in seen.stats if weight.module == name}
-    return own.pop() if len(own) == 1 else None
+    """The weight of this module that multiplied, if there is exactly one."""
+    weights = {weight for weight in seen.stats if weight.module == name}
+    return weights.pop() if len(weights) == 1 else None
 
 
 def _ran(seen: _Seen, weight: Weight) -> bool:
@@ -190,12 +195,12 @@ def _recognised(owner: nn.Module, weight: Weight | None, seen: _Seen) -> nn.Line
     args, output = seen.calls.get(owner, ((), None))
     if weight is None or weight.index is not None or len(args) != 1 or not isinstance(output, Tensor):
         return None
-    x, own = args[0], dict(owner.named_parameters())
-    stored = own.pop(weight.name.rpartition(".")[2], None)
-    if stored is None or not isinstance(x, Tensor) or any(p.dim() > 1 for p in own.values()):
+    x, others = args[0], dict(owner.named_parameters())
+    stored = others.pop(weight.name.rpartition(".")[2], None)
+    if stored is None or not isinstance(x, Tensor) or any(p.dim() > 1 for p in others.values()):
         return None
     matrix = stored.detach().mT if weight.transposed else stored.detach()
-    for bias in (None, *own.values()):
+    for bias in (None, *others.values()):
         if bias is None or bias.shape == matrix.shape[:1]:
             linear = _linear(matrix, bias)
             if _same(linear, x, output):
@@ -212,7 +217,7 @@ def _linear(matrix: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def _same(linear: nn.Linear, x: Tensor, output: Tensor) -> bool:
-    """Whether the layer gives this output, to the rounding of its dtype."""
+    """Whether the layer gives this output, up to the rounding of its dtype."""
     if x.shape[-1:] != (linear.in_features,) or output.shape != (*x.shape[:-1], linear.out_features):
         return False
     bias = None if linear.bias is None else linear.bias.double()
@@ -238,7 +243,7 @@ def _smoothing(
     seen: _Seen,
     alpha: float,
 ) -> dict[str, Tensor]:
-    """One vector for all layers that read the same tensor, by layer name."""
+    """Smoothing vectors by layer name; all layers that read one tensor share one."""
     name_of = {weight: name for name, weight in weights.items() if weight is not None}
     scales: dict[str, Tensor] = {}
     for group in seen.groups.values():
@@ -257,7 +262,7 @@ def _quantized(
 
 
 def _replace(module: nn.Module, layers: Mapping[str, QLinear]) -> None:
-    """Put each layer in the place of the child of that name, and wherever else that child stands."""
+    """Replace the child of each name, wherever in the module it stands."""
     by_child = {module.get_submodule(name): layer for name, layer in layers.items()}
     for parent in list(module.modules()):
         for name, child in list(parent._modules.items()):
@@ -265,31 +270,31 @@ def _replace(module: nn.Module, layers: Mapping[str, QLinear]) -> None:
                 setattr(parent, name, by_child[child])
 
 
-def _left(module: nn.Module, seen: _Seen | None) -> dict[str, str]:
-    """The float matrices that are left and multiply something; without examples, all that are no embedding's."""
+def _reasons(module: nn.Module, seen: _Seen | None) -> dict[str, str]:
+    """The float matrices that multiply something, each with the reason. Without examples: all but embeddings."""
     embeddings = {
         id(p)
         for m in module.modules()
         if isinstance(m, nn.Embedding | nn.EmbeddingBag)
         for p in m.parameters()
     }
-    left = {}
+    reasons = {}
     for name, parameter in module.named_parameters():
         if parameter.dim() < 2:
             continue
         if seen is None:
             if id(parameter) not in embeddings:
-                left[name] = (
+                reasons[name] = (
                     "not the weight of an nn.Linear; example_inputs would show whether it acts as one"
                 )
             continue
         functions = seen.uses.get(id(parameter), set()) - _HARMLESS
         if "dtype" in functions and type(module.get_submodule(name.rpartition(".")[0])) is nn.Linear:
-            left[name] = "its dtype is asked for, and codes would give another answer"
+            reasons[name] = "its dtype is asked for, and codes would give another answer"
         elif functions - {"dtype"}:
-            left[name] = (
+            reasons[name] = (
                 f"goes into {', '.join(sorted(functions - {'dtype'}))}, and its module is no linear layer"
             )
         elif id(parameter) not in seen.uses:
-            left[name] = "took no part in the examples"
-    return left
+            reasons[name] = "took no part in the examples"
+    return reasons
