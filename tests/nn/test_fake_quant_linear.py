@@ -30,6 +30,7 @@ FORMATS = [
     TensorFormat("int8", "token", symmetric=False),
     TensorFormat("uint8", "tensor", symmetric=False),
     TensorFormat("float8_e4m3fn", "channel"),
+    SCHEMES["nvfp4"].weight,
     TensorFormat("int8", "block", block_size=(3, 5)),
 ]
 
@@ -57,12 +58,22 @@ def test_the_gradient_of_the_scale_is_that_of_lsq() -> None:
     torch.testing.assert_close(scale.grad, torch.tensor([[expected]]))
 
 
-@named
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "mxfp8"])
+def test_scales_that_a_format_stores_are_not_learned(name: str) -> None:
+    with pytest.raises(SchemeError, match=f"learned scales are float32; scheme '{name}' stores float8_e"):
+        FakeQuantLinear(32, 8, scheme=name, learn_scale=True)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [*TRAINABLE, *(SCHEMES[name] for name in ("nvfp4", "mxfp4", "mxfp8"))],
+    ids=lambda scheme: scheme.name,
+)
 @pytest.mark.parametrize("learn_scale", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_converted_layer_computes_the_same(scheme: Scheme, learn_scale: bool, bias: bool) -> None:
-    if learn_scale and not scheme.weight.symmetric:
-        pytest.skip("learned scales are symmetric")
+    if learn_scale and (not scheme.weight.symmetric or scheme.weight.scale_dtype is not None):
+        pytest.skip("learned scales are symmetric, and float32")
     torch.manual_seed(0)
     layer = FakeQuantLinear(32, 24, bias, scheme=scheme, learn_scale=learn_scale)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
