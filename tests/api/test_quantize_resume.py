@@ -27,7 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "max_shard_size": 9000,
         "propagate": True,
         "dtype": "bfloat16",
-    },  # fmt: skip
+    },
 }
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 12},

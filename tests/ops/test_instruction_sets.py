@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parents[1]
-KERNEL_TESTS = ["ops/test_ops.py", "ops/test_weight_only.py", "test_functional.py"]
+KERNEL_TESTS = ["ops/test_ops.py", "ops/test_weight_only.py", "ops/test_torch_int4.py", "test_functional.py"]
 # Slow tests of properties that do not depend on the instruction set, or that start processes themselves.
 SKIPPED = ["every_kind_of_x86", "loaded_model", "opcheck"]
 

@@ -1,107 +1,26 @@
 """The layer on float inputs: every kernel multiplies by the dequantized codes."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-import qlinear
 from qlinear import ops
 from qlinear.formats.scheme import Scheme, TensorFormat
 from qlinear.nn import QLinear
 from qlinear.ops import reference, torch_int4, weight_only
 
-from ..support.models import save_model
-
-CPU = torch.device("cpu")
-needs_int4 = pytest.mark.skipif(
-    not torch_int4.works(CPU), reason="torch has no 4-bit product on this processor"
+from .weight_only_layers import (
+    CPU,
+    HALF,
+    SINGLE,
+    WeightOnlyLayer,
+    layers,
+    native_products,
+    natively,
+    needs_int4,
 )
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-HALF, SINGLE = 2.0**-8, 2.0**-24  # half a unit in the last place, of bfloat16 and of float32
-
-
-class WeightOnlyLayer:
-    """Random codes in groups, scales that are bfloat16 numbers, and an input, all determined by the seed."""
-
-    def __init__(self, rows: int, width: int, out: int, tile: int, asymmetric: bool, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.x = torch.randn(rows, width, generator=generator).bfloat16()
-        self.weight = torch.randint(-8, 8, (out, width), generator=generator, dtype=torch.int8)
-        scale = 10.0 ** (2 * torch.rand(out, width // tile, generator=generator) - 2)
-        self.scale = scale.bfloat16().float()
-        zeros = torch.randint(-8, 8, self.scale.shape, generator=generator, dtype=torch.int8)
-        self.zero_point = zeros if asymmetric else None
-
-    @property
-    def matrix(self) -> Tensor:
-        return reference.dequantized(self.weight, self.scale, self.zero_point)
-
-    def __call__(self, x: Tensor | None = None) -> Tensor:
-        x = self.x if x is None else x
-        return ops.weight_only_linear(x, self.weight, self.scale, self.zero_point, None, None, 4)
-
-
-@st.composite
-def layers(draw: st.DrawFn) -> WeightOnlyLayer:
-    tile = draw(st.sampled_from([32, 64, 96, 128, 256, 512]))
-    width, out = tile * draw(st.integers(1, 3)), 16 * draw(st.integers(1, 5))
-    return WeightOnlyLayer(
-        draw(st.integers(1, 64)), width, out, tile, draw(st.booleans()), draw(st.integers(0, 999))
-    )
-
-
-def limit(layer: WeightOnlyLayer) -> Tensor:
-    """Error bound: rounding the result to bfloat16, summing in float32, rounding -zero · scale to bfloat16."""
-    x, width = layer.x.double().abs(), layer.x.shape[1]
-    exact = layer.x.double() @ layer.matrix.double().T
-    summed = 2 * width * SINGLE * (x @ (layer.weight.abs() + 16).double().mul(spread(layer, layer.scale)).T)
-    if layer.zero_point is None:
-        return HALF * (exact.abs() + summed) + summed
-    shifts = spread(layer, layer.zero_point.double() * layer.scale).abs()
-    return HALF * (exact.abs() + summed + x @ shifts.T) * (1 + 2 * HALF) + summed
-
-
-def spread(layer: WeightOnlyLayer, per_tile: Tensor) -> Tensor:
-    return per_tile.double().repeat_interleave(layer.weight.shape[1] // per_tile.shape[1], 1)
-
-
-@contextmanager
-def native_products(*dtypes: torch.dtype) -> Iterator[None]:
-    """Context manager: the layer computes as on a processor with native products in these half dtypes."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (weight_only, torch_int4):
-            patch.setattr(module, "has_native_products", lambda dtype, device: dtype in dtypes)
-        yield
-
-
-@needs_int4
-@settings(max_examples=60)
-@given(layer=layers())
-def test_four_bit_products_are_exact_up_to_the_rounding_of_bfloat16(layer: WeightOnlyLayer) -> None:
-    with native_products():  # where the kernel takes the most rows
-        assert torch_int4.fits(layer.x, layer.weight, layer.scale)
-        error = (layer().double() - layer.x.double() @ layer.matrix.double().T).abs()
-    assert bool((error <= limit(layer)).all())
-
-
-@needs_int4
-@pytest.mark.parametrize(("native", "most"), [((), 64), ((torch.bfloat16,), 40)])
-def test_more_rows_than_pay_off_are_dequantized(native: tuple[torch.dtype, ...], most: int) -> None:
-    with native_products(*native):
-        for rows in (most, most + 1):
-            layer = WeightOnlyLayer(rows, 64, 16, 32, False, 0)
-            assert torch_int4.fits(layer.x, layer.weight, layer.scale) == (rows == most)
-
-
-# The half dtypes that a processor multiplies natively; products in the others are computed in float32.
-natively = pytest.mark.parametrize("half", [None, torch.bfloat16, torch.float16])
 
 
 @natively
@@ -237,74 +156,3 @@ def test_packed_weights_are_not_saved_and_are_dropped_with_the_layer(scheme: Sch
     assert len(torch_int4._packed) == cached + torch_int4.works(CPU)
     del layer
     assert len(torch_int4._packed) == cached
-
-
-def test_a_wrong_product_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
-    product = torch_int4._product
-    torch_int4.works.cache_clear()
-    monkeypatch.setattr(torch_int4, "_product", lambda *args: product(*args) + 1)
-    assert not torch_int4.works(CPU)
-    monkeypatch.undo()
-    torch_int4.works.cache_clear()
-
-
-@given(out=st.integers(1, 8), width=st.integers(1, 8), seed=st.integers(0, 99))
-def test_cuda_packs_two_fields_per_byte_the_first_in_the_upper_half(out: int, width: int, seed: int) -> None:
-    fields = torch.randint(0, 16, (out, 2 * width), generator=torch.Generator().manual_seed(seed))
-    assert torch_int4.bytes_of(fields.to(torch.int8)).tolist() == [
-        [16 * first + second for first, second in zip(row[::2], row[1::2], strict=True)]
-        for row in fields.tolist()
-    ]
-
-
-@settings(max_examples=30)
-@given(layer=layers())
-def test_cuda_takes_the_shapes_that_fit(layer: WeightOnlyLayer) -> None:
-    """Checked on fake tensors: torch checks their shapes and dtypes as it does on a GPU."""
-    size = torch_int4.group_size(layer.weight, layer.scale)
-    arguments = (
-        layer.x,
-        torch_int4.bytes_of(layer.weight + 8),
-        torch_int4.scale_and_shift(layer.weight, layer.scale),
-    )
-    assert arguments[2].shape == (layer.weight.shape[1] // size, layer.weight.shape[0], 2)
-    with FakeTensorMode():
-        x, fields, pairs = (torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in arguments)
-        packed = torch_int4.pack_on_cuda(fields)
-        y = torch_int4._product(x, packed, size, pairs)
-    assert (packed.dtype, packed.numel() * 8) == (torch.int32, layer.weight.numel())
-    assert (y.shape, y.dtype) == ((len(layer.x), len(layer.weight)), torch.bfloat16)
-
-
-@needs_cuda
-@settings(max_examples=30)
-@given(layer=layers())
-def test_four_bit_products_on_cuda_are_exact_up_to_the_rounding_of_bfloat16(layer: WeightOnlyLayer) -> None:
-    assert torch_int4.works(torch.device("cuda"))
-    exact, bound = layer.x.double() @ layer.matrix.double().T, limit(layer)
-    layer.x, layer.weight, layer.scale = layer.x.cuda(), layer.weight.cuda(), layer.scale.cuda()
-    layer.zero_point = None if layer.zero_point is None else layer.zero_point.cuda()
-    assert torch_int4.fits(layer.x, layer.weight, layer.scale)
-    assert bool(((layer().cpu().double() - exact).abs() <= bound).all())
-
-
-@needs_int4
-def test_a_loaded_model_multiplies_its_four_bit_codes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_attention_heads": 4}
-    source = save_model(tmp_path / "source", **sizes)
-    ids = torch.arange(3, 67).reshape(8, 8)
-    qlinear.quantize(source, tmp_path / "out", "w4a16-g32", calibration=ids)
-    model = qlinear.load(tmp_path / "out", dtype="bfloat16").eval()
-    assert torch_int4.works(CPU)  # the one test of the kernel runs now
-    kernel_calls, linear = [], torch_int4.linear
-    monkeypatch.setattr(torch_int4, "linear", lambda *args: (kernel_calls.append(1), linear(*args))[1])
-    with torch.no_grad():
-        with_kernel = model(ids[:2]).logits
-        assert len(kernel_calls) == 14
-        assert model.generate(ids[:1], max_new_tokens=4, do_sample=False).shape == (1, 12)
-        monkeypatch.setattr(torch_int4, "works", lambda device: False)
-        without_kernel = model(ids[:2]).logits
-    error = float((with_kernel - without_kernel).float().norm() / without_kernel.float().norm())
-    assert 0 < error < 0.03

@@ -99,7 +99,7 @@ def observe(
     trace = watch.trace
     trace.returned, trace.unread = _tensors(returned), frozenset(watch.unread)
     known = {id(t) for t in [*trace.returned, *_tensors((args, kwargs))]} | watch.views
-    alive = {id(t): t for ref in watch.made if (t := ref()) is not None}
+    alive = {id(t): t for ref in watch.created if (t := ref()) is not None}
     del returned
     trace.side_outputs = [
         t for key, t in alive.items() if key not in known or key in _in_containers(args, kwargs)
@@ -110,7 +110,7 @@ def observe(
 class _Experiment(ProductWatcher):
     """A run with scaled inputs and outputs of weights, and with tokens spread evenly over all experts.
 
-    made: weak references to every computed tensor; the ones still alive after the run are side outputs.
+    created: weak references to every computed tensor; the ones still alive after the run are side outputs.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class _Experiment(ProductWatcher):
         self._provenance = _Provenance(block)
         self._read: list[Tensor] = []
         self.trace = Trace()
-        self.made: list[weakref.ref[Tensor]] = []
+        self.created: list[weakref.ref[Tensor]] = []
 
     @property
     def views(self) -> set[int]:
@@ -147,9 +147,9 @@ class _Experiment(ProductWatcher):
         out = func(*args, **kwargs)
         if func in _TOPK:
             out = _round_robin_routing(args[0] if args else kwargs["input"], out, args, kwargs)
-        made = _tensors(out)
-        self.made += [weakref.ref(t) for t in made]
-        self._provenance.follow(_tensors((args, *kwargs.values())), made or _tensors(args[:1]))
+        results = _tensors(out)
+        self.created += [weakref.ref(t) for t in results]
+        self._provenance.follow(_tensors((args, *kwargs.values())), results or _tensors(args[:1]))
         return out
 
     def _product(
@@ -164,7 +164,7 @@ class _Experiment(ProductWatcher):
         y = self._compute(func, args, kwargs, operands, weights) if recorded is None else recorded.y.clone()
         self._report(operands, weights, y)
         y = _scaled(operands, weights, y, self._outputs)
-        self.made.append(weakref.ref(y))
+        self.created.append(weakref.ref(y))
         self._provenance.set_from(y, weights[0].name)
         return y
 
@@ -221,10 +221,10 @@ class _Provenance:
     def set_from(self, tensor: Tensor, name: str) -> None:
         self._names[_address(tensor)] = frozenset({name})
 
-    def follow(self, read: Iterable[Tensor], made: Iterable[Tensor]) -> None:
-        """Record that `made` was computed from `read`, or written into a tensor of it."""
-        names = frozenset().union(*(self.of(t) for t in read))
-        for tensor in made:
+    def follow(self, inputs: Iterable[Tensor], results: Iterable[Tensor]) -> None:
+        """Record that `results` were computed from `inputs`, or written into a tensor of them."""
+        names = frozenset().union(*(self.of(t) for t in inputs))
+        for tensor in results:
             self._names[_address(tensor)] = names
 
 
