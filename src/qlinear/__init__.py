@@ -12,16 +12,16 @@ The rooms, from the bottom of the house to the top; a module imports from its ow
     demo/           the embedded model and its text:
     algorithms/     tensors in, codes out, one file per algorithm: base, rtn, gptq, awq, smoothquant,
                     alpha_search, parts
-    checkpoint/     files only: reader, writer, safetensors_header, torch_bin, output_dir, checksums, dequantized_view,
+    checkpoint/     files only: reader, writer, safetensors_header, torch_bin, output_dir, replace_dir, checksums, dequantized_view,
                     layouts
     streaming/      a checkpoint as a model with one block in memory: streamed_model, lanes, find_blocks, spill,
                     prefetch, buffer_pool, meta_model, weight_map, hf_conversion, open_model, random_weights,
-                    plain_linear, diagnose
+                    plain_linear, float32, diagnose
     tracing/        who feeds whom in a block, found by running it and proved: trace, experiment, folds, find_folds,
                     proof, on_meta
     calibration/    statistics of what weights read: stats, collect, stats_file
     pipeline/       the job, and what happens to one block: options, select_layers, float_modules, check_weights,
-                    run, loop, lane_sets, block, quantize_block, smooth_block, smoothing, group_statistics,
+                    run, loop, lane_sets, block, quantize_block, fold_check, smooth_block, smoothing, group_statistics,
                     quantize_groups, rounded_inputs, refine_block, propagate, output
     api/            one file per public function, which is one command: quantize, calibrate, evaluate, inspect, convert,
                     load, generate, dry_run, quantize_module

@@ -5,8 +5,7 @@ what rounding takes from it. The block runs smoothed but in float, on the output
 idea of fitting to rounded inputs is GPTAQ's (Li et al. 2025); `algorithms.parts.input_error` has the formula.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -21,7 +20,7 @@ from ..tracing.trace import Weight, watching_inputs
 from .block import Block, BlockStats, MeasuredInput, RoundedInputs
 from .options import Options
 from .quantize_groups import smoothed_groups
-from .smoothing import SmoothedBlock, Smoothing
+from .smoothing import SmoothedBlock
 
 
 def measure_rounded_inputs(
@@ -51,7 +50,7 @@ def measure_rounded_inputs(
         if weight in sums:
             sums[weight].add(x.float())
 
-    with ranks.raising_together(), _computing_smoothed(block, smoothing), watching_inputs(block.module, note):
+    with ranks.raising_together(), smoothing.applied_to(block.module), watching_inputs(block.module, note):
         for lane in lanes:
             lane.rehearse(lambda call: call.run())
     return {weight: input_sums.over(ranks) for weight, input_sums in sums.items()}
@@ -96,16 +95,3 @@ class _Sums:
         hessian, drift, tokens = (ranks.all_reduce(total) for total in sums)
         count = int(tokens)
         return RoundedInput(symmetrized(hessian.div_(max(1, count))), drift.div_(max(1, count)), count)
-
-
-@contextmanager
-def _computing_smoothed(block: Block, smoothing: Smoothing) -> Iterator[None]:
-    """Context manager: the block computes with its parameters smoothed, and has its own again afterwards."""
-    names = dict.fromkeys([*smoothing.vectors, *(weight.name for weight in smoothing.touched)])
-    before = {name: block.module.get_parameter(name).detach().clone() for name in names}
-    smoothing.apply_to(block.module)
-    try:
-        yield
-    finally:
-        for name, parameter in before.items():
-            block.module.get_parameter(name).detach().copy_(parameter)

@@ -8,7 +8,8 @@ division is free where a producer can take it: a norm's gain, or the rows of the
 none can, s stays with the layer as its migration scale.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -72,6 +73,18 @@ class Smoothing:
             block.get_parameter(name).detach().copy_(vector)
         for weight in self.touched:
             self.apply_in_place(weight, weight.of(block).detach())
+
+    @contextmanager
+    def applied_to(self, block: nn.Module) -> Iterator[None]:
+        """Context manager: the block is smoothed in memory, and has its own parameters again afterwards."""
+        names = dict.fromkeys([*self.vectors, *(weight.name for weight in self.touched)])
+        before = {name: block.get_parameter(name).detach().clone() for name in names}
+        self.apply_to(block)
+        try:
+            yield
+        finally:
+            for name, parameter in before.items():
+                block.get_parameter(name).detach().copy_(parameter)
 
     def keep(self, weight: Weight, s: Tensor) -> "Smoothing":
         """With `s` (in,) left beside the layer as its migration scale."""

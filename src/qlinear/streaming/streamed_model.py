@@ -21,6 +21,7 @@ from ..nn import QLinear, SmoothedLinear
 from ..runtime.device import CPU, has_native_products, within_memory
 from .diagnose import diagnosing
 from .find_blocks import find_blocks
+from .float32 import tensors_of
 from .lanes import Lanes
 from .meta_model import build_meta_model
 from .plain_linear import is_plain_linear
@@ -262,6 +263,11 @@ class StreamedModel:
             if self._view.schemes and self.names.is_one_tensor(name)
         }
         return {name: self._view.schemes[m] for name, m in modules.items() if m in self._view.schemes}
+
+    def outside_tensors(self) -> list[Tensor]:
+        """The parameters and buffers outside of the blocks and the output head that are in memory."""
+        inside = {id(t) for part in (*self.blocks.values(), self.head) for t in tensors_of(part)}
+        return [t for t in tensors_of(self.model) if id(t) not in inside and not t.is_meta]
 
     def _outside(self) -> list[str]:
         """Names of the parameters and buffers outside of the blocks and the output head."""

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
+from ..streaming.float32 import to_float32
 from ..streaming.lanes import copied
 from .trace import Operands, ProductWatcher, Weight
 
@@ -92,8 +93,13 @@ def observe(
     for a weight's input (in,) or output (out,). replay: return the outputs of this recorded run's products.
     reuse: a recorded run with the same weights; a product with the same operands, bit for bit, is not computed again.
     """
+<<<<<<< HEAD
     args, kwargs = _float_copy(tuple(args)), _float_copy(dict(kwargs))
     watch = _Experiment(block, scale_input or {}, scale_output or {}, replay, reuse)
+=======
+    args, kwargs = to_float32(copied((tuple(args), dict(kwargs))))
+    watch = _Experiment(block, scale_input or {}, scale_output or {}, replay)
+>>>>>>> 43dba34 (pipeline: prove folds in float32 from the first block to the last)
     with torch.no_grad(), watch:
         returned = forward(*args, **kwargs)
     trace = watch.trace
@@ -262,12 +268,3 @@ def _tensors(tree: Any) -> list[Tensor]:
     if isinstance(tree, (tuple, list)):
         return [tensor for item in tree for tensor in _tensors(item)]
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _float_copy(tree: Any) -> Any:
-    """A copy of arguments, with their tensors in float32."""
-    return tree_map(lambda leaf: leaf.float() if _is_float(leaf) else leaf, copied(tree))
-
-
-def _is_float(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_floating_point()

@@ -10,13 +10,14 @@ are exact in floating point, so a right fold changes nothing; the bound of 1e-5 
 """
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from ..streaming.float32 import in_float32, tensors_of
 from ..streaming.lanes import Call
 from .experiment import Trace, observe
 from .find_folds import FoldFinder, row_factor, scaled
@@ -43,7 +44,7 @@ def find_and_prove_folds(
     parameters that another block also uses; no fold may change them. The block computes in float32 whatever the dtype
     of its parameters. Returns the trace of `proof`, and the folds.
     """
-    with _in_float32(block):
+    with in_float32(tensors_of(block)):
         trace = observe(block, proof.forward, proof.args, proof.kwargs)
         fitting = [f for f in previous_folds if _fits(f, block, trace) and f.touched.isdisjoint(shared)]
         folds = proved(block, proof, fitting, trace)
@@ -104,22 +105,8 @@ def _without_fold(trace: Trace, folds: Sequence[Fold]) -> set[Weight]:
 
 def run_in_float32(block: nn.Module, call: Call) -> Trace:
     """Run the block on this call in float32, whatever the dtype of its parameters."""
-    with _in_float32(block):
+    with in_float32(tensors_of(block)):
         return observe(block, call.forward, call.args, call.kwargs)
-
-
-@contextmanager
-def _in_float32(block: nn.Module) -> Iterator[None]:
-    """Context manager: every floating-point parameter and buffer is a float32 copy; restored on exit."""
-    tensors = [t for t in (*block.parameters(), *block.buffers()) if t.is_floating_point()]
-    narrow = [(t, t.data) for t in tensors if t.dtype != torch.float32]
-    for tensor, data in narrow:
-        tensor.data = data.float()
-    try:
-        yield
-    finally:
-        for tensor, data in narrow:
-            tensor.data = data
 
 
 def _fits(fold: Fold, block: nn.Module, trace: Trace) -> bool:
@@ -166,7 +153,7 @@ def proved(
 
 def reversible(block: nn.Module, call: Call, folds: Sequence[Fold], plain: Trace | None = None) -> list[Fold]:
     """The proved folds that also hold with reversed signs: excludes folds through a ReLU or a square."""
-    with _in_float32(block):
+    with in_float32(tensors_of(block)):
         return _passing(block, call, [fold for fold in folds if fold.degree == 1], plain, signed=True)
 
 
