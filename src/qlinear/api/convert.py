@@ -13,6 +13,7 @@ from ..checkpoint.layouts import get_layout
 from ..checkpoint.layouts.base import Layout
 from ..checkpoint.output_dir import clear, require_empty, require_space
 from ..checkpoint.reader import Checkpoint
+from ..checkpoint.replace_dir import holds_checkpoint, staging_dir, swap
 from ..checkpoint.writer import ShardWriter
 from ..errors import CheckpointError, SchemeError
 from ..pipeline.output.finalize import complete, result_config
@@ -45,11 +46,14 @@ def convert(
     _require_place(view, layout, format)
     require_empty(out, overwrite, source.path)
     require_space(out, source.nbytes)
-    clear(out)
-    writer = ShardWriter(out, max_shard_size)
+    target = staging_dir(out) if holds_checkpoint(out) else out
+    clear(target)
+    writer = ShardWriter(target, max_shard_size)
     _write(view, layout, writer)
     result = result_config(source.config, config, untied=False)
-    complete(out, source, result, _note(source), writer.checksums, _card(source))
+    complete(target, source, result, _note(source), writer.checksums, _card(source))
+    if target != out:
+        swap(target, out)
     return out
 
 

@@ -40,7 +40,7 @@ def estimate(job: Job, out: Path, began: float, progress: Progress, ranks: int =
     source, plan = job.source, job.plan
     opening = time.monotonic() - began
     start = time.monotonic()
-    require_finite(source, progress, with_blocks=False)
+    require_finite(source, progress)
     outside = time.monotonic() - start  # read once to be checked, and once to be copied
     writing = plan.nbytes / _write_rate(out)
     batches = 0

@@ -6,7 +6,7 @@ logits of each sequence are compared. So the two need not fit in memory together
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import stdev
 from typing import Any
@@ -32,7 +32,8 @@ class Evaluation:
     percentile over tokens of KL(reference || model), in nats. top1_agreement: share of tokens whose likeliest next
     token is the same. tokens: how many were predicted. sequence_kl: the mean of each sequence, for comparing two
     evaluations of the same text in pairs. kl_error: the standard error of `kl`, over sequences, since tokens of one
-    text go wrong together; None of a single one. The reference's are None, and sequence_kl empty, without one.
+    text go wrong together; None of a single one. The reference's are None, and sequence_kl empty, without one. dtype:
+    what both models were computed in.
     """
 
     perplexity: float
@@ -43,6 +44,7 @@ class Evaluation:
     tokens: int
     kl_error: float | None = None
     sequence_kl: tuple[float, ...] = ()
+    dtype: str = "float32"
 
 
 def evaluate(
@@ -52,7 +54,7 @@ def evaluate(
     data: Source = "demo",
     tokens: int = 16384,
     seq_len: int = 512,
-    dtype: str | torch.dtype | None = None,
+    dtype: str | torch.dtype = torch.float32,
     device: str | torch.device = CPU,
     trust_remote_code: bool = False,
     revision: str | None = None,
@@ -61,8 +63,9 @@ def evaluate(
     """Perplexity of a checkpoint, quantized or not, on a text; with a reference how far it moved from that.
 
     model, reference: checkpoint folders, Hub ids, or "demo". data: text, as for `quantize`'s calibration, or token ids
-    (n, seq_len). tokens: how many of it are read, in sequences of seq_len. device: what it is computed on, "cpu" or
-    "cuda". Raises QLinearError before any work.
+    (n, seq_len). tokens: how many of it are read, in sequences of seq_len. dtype: what both models compute in; in
+    float32 the figures do not depend on the processor. device: what it is computed on, "cpu" or "cuda".
+    Raises QLinearError before any work.
     """
     where = as_device(device)
     opened = open_model(model, dtype, trust_remote_code, revision, where)
@@ -94,7 +97,7 @@ def compare(
             ]
             scores.append(score(batch["input_ids"].to(model.device), *logits))
             progress("comparing outputs", i + 1, len(batches))
-    return _summary(scores)
+    return replace(_summary(scores), dtype=str(model.dtype).removeprefix("torch."))
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from ..pipeline.block import Layer, Progress
 from ..pipeline.check_weights import require_floats
 from ..pipeline.options import Options, memory_limit, quantization_config, require_statistics
 from ..pipeline.output.journal import can_resume, is_unfinished
-from ..pipeline.run import Job, Result, run
+from ..pipeline.run import Job, Result, run, target_of
 from ..pipeline.select_layers import make_plan
 from ..runtime.device import CPU, as_device
 from ..runtime.distributed import Ranks
@@ -95,8 +95,9 @@ def quantize(
         where = as_device(device)
         source = open_model(model, dtype, trust_remote_code, revision, where, options.needs_data)
         source.checkpoint.require_unquantized()
-        resumes = ranks.is_main and resume and not overwrite and can_resume(out)
-        if ranks.is_main and not resumes:
+        target = target_of(out, overwrite) if ranks.is_main else out
+        resumes = ranks.is_main and resume and (target != out or not overwrite) and can_resume(target)
+        if ranks.is_main and (target != out or not resumes):
             require_empty(out, overwrite or is_unfinished(out), source.checkpoint.path)
         job = _job(source, options, calibration, stats, max_memory)
         if ranks.is_main:
@@ -104,8 +105,8 @@ def quantize(
     ranks = replace(ranks, device=where)
     if plan:
         return ranks.on_main(lambda: estimate(job, out, began, progress, ranks.size))
-    resumes = ranks.on_main(lambda: resumes)
-    return run(job, out, resumes=resumes, overwrite=overwrite, ranks=ranks, began=began, progress=progress)
+    resumes, target = ranks.on_main(lambda: (resumes, target))
+    return run(job, out, target, resumes=resumes, ranks=ranks, began=began, progress=progress)
 
 
 def _job(

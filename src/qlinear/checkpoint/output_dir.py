@@ -94,7 +94,11 @@ def require_empty(folder: str | Path, overwrite: bool = False, source: str | Pat
 
 def clear(folder: str | Path) -> None:
     """Delete the checkpoint in a folder: its weights, configs and tokenizer files, nothing else."""
-    files = {file for pattern in _CHECKPOINT_FILES for file in Path(folder).glob(pattern)}
-    for file in sorted(files):
-        if file.is_file():
-            file.unlink()
+    for file in checkpoint_files(Path(folder)):
+        file.unlink()
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The files in a folder that belong to a checkpoint: its weights, configs and tokenizer files."""
+    files = {file for pattern in _CHECKPOINT_FILES for file in folder.glob(pattern)}
+    return sorted(file for file in files if file.is_file())

@@ -163,6 +163,7 @@ def show_evaluation(evaluation: "Evaluation") -> None:
         table.add_row("KL divergence, 99th percentile", f"{evaluation.kl_p99:.6f}", "")
         table.add_row("same most likely token", f"{evaluation.top1_agreement:.2%}", "")
     table.add_row("tokens", f"{evaluation.tokens}", "")
+    table.add_row("computed in", evaluation.dtype, "")
     _print(table)
 
 

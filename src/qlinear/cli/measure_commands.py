@@ -25,7 +25,7 @@ def evaluate(
     data: o.Data = "demo",
     tokens: o.Tokens = 16384,
     seq_len: o.SeqLen = 512,
-    dtype: o.Dtype = None,
+    dtype: o.EvaluationDtype = "float32",
     device: o.Device = "cpu",
     trust_remote_code: o.Trust = False,
     revision: o.Revision = None,

@@ -117,6 +117,13 @@ Dtype = Annotated[
         help="What to compute in: float32, bfloat16 or float16. Default: the fastest that is as exact.",
     ),
 ]
+EvaluationDtype = Annotated[
+    str,
+    _one_of(
+        _DTYPES,
+        help="What both models compute in: float32, bfloat16 or float16. float32 prints the same on every processor.",
+    ),
+]
 Device = Annotated[
     str,
     typer.Option(

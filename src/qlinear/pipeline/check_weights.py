@@ -31,11 +31,9 @@ def require_floats(source: StreamedModel, plan: Plan) -> None:
             )
 
 
-def require_finite(
-    source: StreamedModel, progress: Callable[[str, int, int], None], with_blocks: bool
-) -> None:
-    """Raise NumericsError if a weight of the model, or one outside of its blocks, holds NaN or infinity."""
-    inside = () if with_blocks else tuple(f"{name}." for name in source.blocks)
+def require_finite(source: StreamedModel, progress: Callable[[str, int, int], None]) -> None:
+    """Raise NumericsError if a weight outside of the blocks holds NaN or infinity."""
+    inside = tuple(f"{name}." for name in source.blocks)
     parameters = [name for name, _ in source.model.named_parameters() if not name.startswith(inside)]
     names = list(dict.fromkeys(s for name in parameters for s in source.names.sources(name)))
     for i, name in enumerate(names):

@@ -1,5 +1,6 @@
 """The whole job: prepare the output folder, run the loop over the blocks, and make the shards a checkpoint."""
 
+import shutil
 import time
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
@@ -10,6 +11,7 @@ from torch import Tensor
 from ..calibration.stats_file import CalibrationStats
 from ..checkpoint.output_dir import clear
 from ..checkpoint.reader import Checkpoint
+from ..checkpoint.replace_dir import STAGING_SUFFIX, holds_checkpoint, staging_dir, swap
 from ..runtime.distributed import Ranks
 from ..runtime.memory import peak_rss
 from ..streaming.spill import Spill
@@ -21,7 +23,7 @@ from .options import Options, quantization_config
 from .output.block_writer import BlockWriter
 from .output.cleanup import leaving_no_trace
 from .output.finalize import finish
-from .output.journal import begin, discard, identity
+from .output.journal import begin, discard, identity, is_unfinished
 from .output.sink import Done, NullJournal, NullSink, Record, Sink
 from .select_layers import Plan
 
@@ -60,24 +62,28 @@ class Job:
 
 
 def run(
-    job: Job, out: Path, *, resumes: bool, overwrite: bool, ranks: Ranks, began: float, progress: Progress
+    job: Job, out: Path, target: Path, *, resumes: bool, ranks: Ranks, began: float, progress: Progress
 ) -> Result:
-    """Do a job. resumes: whether an interrupted run in `out` is continued. began: monotonic time of the request."""
-    source, existed = job.source, out.is_dir()
+    """Do a job. target: the folder that is written, `out` itself or, where `out` holds a checkpoint, one beside it.
+
+    resumes: whether an interrupted run in `target` is continued. began: monotonic time of the request.
+    """
+    source, existed = job.source, target.is_dir()
     if not resumes:
-        ranks.on_main(lambda: _prepare(source, out, overwrite, progress))
-    sink, journal = _begin(job, out, ranks)
+        ranks.on_main(lambda: _prepare(source, target, progress))
+    sink, journal = _begin(job, target, ranks)
     with ExitStack() as stack:
         spill = None
         if job.memory is not None:
-            spill = stack.enter_context(closing(Spill(job.memory, out if ranks.is_main else None)))
+            spill = stack.enter_context(closing(Spill(job.memory, target if ranks.is_main else None)))
         if ranks.is_main:
-            stack.enter_context(leaving_no_trace(sink, journal, out, existed))
+            stack.enter_context(leaving_no_trace(sink, journal, target, existed))
         loop = BlockLoop(
             source, sink, journal, job.options, job.tokens, progress, job.statistics, ranks, spill
         )
         loop.run()
-        ranks.on_main(lambda: _finish(job, loop.writer, out))
+        ranks.on_main(lambda: _finish(job, loop.writer, target))
+    ranks.on_main(lambda: _hand_over(journal, target, out))
     journal.remove()
     return ranks.on_main(
         lambda: Result(
@@ -87,10 +93,24 @@ def run(
     )  # fmt: skip
 
 
-def _prepare(source: StreamedModel, out: Path, overwrite: bool, progress: Progress) -> None:
-    require_finite(source, progress, with_blocks=overwrite and out.is_dir())
-    discard(out)
-    clear(out)
+def target_of(out: Path, overwrite: bool) -> Path:
+    """The folder to write: `out`, or one beside it where a finished checkpoint there is to be replaced."""
+    return staging_dir(out) if overwrite and holds_checkpoint(out) and not is_unfinished(out) else out
+
+
+def _prepare(source: StreamedModel, target: Path, progress: Progress) -> None:
+    require_finite(source, progress)
+    discard(target)
+    if target.name.endswith(STAGING_SUFFIX):  # what an interrupted swap left of an old checkpoint
+        shutil.rmtree(target, ignore_errors=True)
+    clear(target)
+
+
+def _hand_over(journal: Record, target: Path, out: Path) -> None:
+    """Put a new checkpoint that was made beside an old one in its place."""
+    if target != out:
+        swap(target, out)
+        journal.moved(out)
 
 
 def _begin(job: Job, out: Path, ranks: Ranks) -> tuple[Sink, Record]:

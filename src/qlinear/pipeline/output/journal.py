@@ -140,6 +140,10 @@ class Journal:
         self._thread.shutdown()  # what is on its way gets there
         self._lock.release()
 
+    def moved(self, out: Path) -> None:
+        """The folder that is written is `out` now: it was renamed."""
+        self.folder = out / _FOLDER
+
     def remove(self) -> None:
         """The result is whole: nothing is left to be taken up."""
         self._thread.shutdown()

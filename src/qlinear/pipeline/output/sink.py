@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -72,6 +73,9 @@ class Record(Protocol):
     def flush(self) -> None:
         """Wait until what was recorded is on the disk."""
 
+    def moved(self, out: Path) -> None:
+        """The folder that is written is `out` now."""
+
     def remove(self) -> None:
         """The result is whole."""
 
@@ -127,6 +131,9 @@ class NullJournal:
 
     def flush(self) -> None:
         """Nothing is on its way."""
+
+    def moved(self, out: Path) -> None:
+        """There is nothing."""
 
     def remove(self) -> None:
         """There is nothing."""
