@@ -12,7 +12,8 @@ The rooms, from the bottom of the house to the top; a module imports from its ow
     demo/           the embedded model and its text:
     algorithms/     tensors in, codes out, one file per algorithm: base, rtn, gptq, awq, smoothquant,
                     alpha_search, parts
-    checkpoint/     files only: reader, writer, safetensors_header, torch_bin, output_dir, replace_dir, checksums, dequantized_view,
+    checkpoint/     files only: reader, writer, safetensors_header, torch_bin, output_dir, replace_dir, checksums,
+                    dequantized_view,
                     layouts
     streaming/      a checkpoint as a model with one block in memory: streamed_model, lanes, find_blocks, spill,
                     prefetch, buffer_pool, meta_model, weight_map, hf_conversion, open_model, random_weights,

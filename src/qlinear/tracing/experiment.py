@@ -93,13 +93,8 @@ def observe(
     for a weight's input (in,) or output (out,). replay: return the outputs of this recorded run's products.
     reuse: a recorded run with the same weights; a product with the same operands, bit for bit, is not computed again.
     """
-<<<<<<< HEAD
-    args, kwargs = _float_copy(tuple(args)), _float_copy(dict(kwargs))
-    watch = _Experiment(block, scale_input or {}, scale_output or {}, replay, reuse)
-=======
     args, kwargs = to_float32(copied((tuple(args), dict(kwargs))))
-    watch = _Experiment(block, scale_input or {}, scale_output or {}, replay)
->>>>>>> 43dba34 (pipeline: prove folds in float32 from the first block to the last)
+    watch = _Experiment(block, scale_input or {}, scale_output or {}, replay, reuse)
     with torch.no_grad(), watch:
         returned = forward(*args, **kwargs)
     trace = watch.trace
