@@ -93,6 +93,15 @@ def relative_difference(expected: Tensor, actual: Tensor) -> float:
     return float((a - b).norm() / a.norm().clamp(min=torch.finfo(torch.float32).tiny))
 
 
+def median_difference(expected: Tensor, actual: Tensor) -> float:
+    """The relative difference of the median token; both (*, hidden).
+
+    A mixture's router may send a few tokens to other experts for a difference in the last bit; a wrong fold changes all.
+    """
+    a, b = expected.float().flatten(0, -2), actual.float().flatten(0, -2)
+    return float(((a - b).norm(dim=-1) / a.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)).median())
+
+
 def rounding_limit(checkpoint: Checkpoint) -> float:
     """The relative difference that the rounding of stored biases may cause over a whole model."""
     stored = {info.dtype for info in checkpoint.tensors.values() if info.dtype.is_floating_point}

@@ -35,7 +35,7 @@ from ..tracing.folds import Fold, find_groups
 from ..tracing.proof import find_and_prove_folds, reversible, run_in_float32
 from .block import Block, BlockResult, BlockStats, Layer, Progress, QuantizedWeight, joined
 from .check_weights import finding_bad_weights
-from .fold_check import FoldCheck, relative_difference, rounding_limit
+from .fold_check import FoldCheck, median_difference, rounding_limit
 from .lane_sets import LaneSets, calibration_batches, tracing_batches
 from .options import Options
 from .output.block_writer import BlockWriter
@@ -143,7 +143,7 @@ class BlockLoop:
 
     def _note_disagreement(self, lanes: LaneSets) -> None:
         """Tell the user if the smoothed model's hidden state, before rounding, is not the original's at the end."""
-        difference = relative_difference(lanes.proof.waiting.hidden, lanes.smoothed.waiting.hidden)
+        difference = median_difference(lanes.proof.waiting.hidden, lanes.smoothed.waiting.hidden)
         if not difference <= rounding_limit(self.source.checkpoint):
             self.warnings.append(
                 f"the smoothed model's output differs from the original's by {difference:.2g} on the check tokens, "
