@@ -166,12 +166,38 @@ def test_bytes_after_the_last_tensor_are_damage(folder: Path) -> None:
         Checkpoint.open(folder)
 
 
-def test_a_tensor_that_its_shard_lacks_is_named(folder: Path) -> None:
+def test_shards_are_read_whatever_the_index_says_of_each_tensor(folder: Path) -> None:
+    """As in transformers: a tensor that no shard holds is missing, and one in another shard is found there."""
     index = shard(folder)
-    weight_map = json.loads(index.read_text())["weight_map"]
-    index.write_text(json.dumps({"weight_map": weight_map | {"ghost": "model-1.safetensors"}}))
-    with pytest.raises(CheckpointError, match=r"ghost is in model-1\.safetensors, which does not hold it"):
-        Checkpoint.open(folder)
+    content = json.loads(index.read_text())
+    name = next(iter(TENSORS))
+    content["weight_map"] = {"absent": "model-1.safetensors"} | dict.fromkeys(TENSORS, "model-2.safetensors")
+    index.write_text(json.dumps(content))
+    checkpoint = Checkpoint.open(folder)
+    assert checkpoint.tensors.keys() == TENSORS.keys()
+    assert torch.equal(checkpoint.read(name), TENSORS[name])
+    with pytest.raises(CheckpointError, match="holds no tensor named absent"):
+        checkpoint.read("absent")
+
+
+def test_sub_folders_that_a_checkpoint_needs_are_copied_and_adapters_are_not(folder: Path) -> None:
+    before = Checkpoint.open(folder).other_files()
+    for name in ("1_Pooling", "2_Dense", "onnx", "adapter", "code"):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text("{}")
+    (folder / "2_Dense" / "model.safetensors").write_bytes(b"")
+    (folder / "code" / "layers.py").write_text("")
+    (folder / "modules.json").write_text(
+        json.dumps([{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}])
+    )
+    for place in (folder, folder / "adapter"):
+        (place / "adapter_config.json").write_text("{}")
+    checkpoint = Checkpoint.open(folder)
+    copied = {str(file) for file in checkpoint.other_files()} - {str(file) for file in before}
+    assert copied == {
+        "modules.json", "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", "code/layers.py"
+    }  # fmt: skip
+    assert checkpoint.adapters() == [".", "adapter"]
 
 
 @pytest.mark.parametrize("escape", ["/etc/passwd", "../model.safetensors", "sub/../../x"])

@@ -36,7 +36,7 @@ def convert(
     revision: branch, tag or commit of a Hub id. Raises QLinearError, before anything is written, where the model is
     not quantized or the layout has no place for what it holds.
     """
-    layout, out, source = get_layout(format), Path(out), open_checkpoint(model, revision)
+    layout, out, source = get_layout(format), Path(out).expanduser(), open_checkpoint(model, revision)
     view = DequantizedView.of(source)
     if not view.schemes:
         raise CheckpointError(

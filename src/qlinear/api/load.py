@@ -1,10 +1,13 @@
 """`qlinear.load`: a checkpoint as a transformers model in memory, its quantized linears as `QLinear`."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from ..checkpoint.safetensors_header import parse_json
+from ..errors import CheckpointError
 from ..streaming.meta_model import build_meta_model
 from ..streaming.open_model import open_checkpoint, parse_dtype
 from ..streaming.streamed_model import StreamedModel
@@ -29,4 +32,22 @@ def load(
     wanted = (
         parse_dtype(dtype) or build_meta_model(checkpoint.path, trust_remote_code=trust_remote_code).dtype
     )
-    return StreamedModel(checkpoint, wanted, trust_remote_code).load().to(device)
+    loaded = StreamedModel(checkpoint, wanted, trust_remote_code).load().to(device)
+    if (checkpoint.path / "generation_config.json").is_file():
+        loaded.generation_config = _generation_config(checkpoint.path)
+    return loaded
+
+
+def _generation_config(folder: Path) -> Any:
+    """What generation_config.json says. Raises CheckpointError if transformers cannot use it."""
+    from transformers import GenerationConfig
+
+    try:
+        parse_json((folder / "generation_config.json").read_bytes(), folder / "generation_config.json")
+        return GenerationConfig.from_pretrained(folder)
+    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{folder} has a generation_config.json that transformers cannot use: {' '.join(str(error).split())[:300]}"
+        ) from None

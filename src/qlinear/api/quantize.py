@@ -85,7 +85,7 @@ def quantize(
     (stage, done, total).
     Raises QLinearError, before any work, for whatever cannot be done; nothing is written then.
     """
-    began, ranks, out = time.monotonic(), Ranks.present(), Path(out)
+    began, ranks, out = time.monotonic(), Ranks.present(), Path(out).expanduser()
     with ranks.raising_together():
         options = Options.asked(
             scheme=scheme, algorithm=algorithm, format=format, smooth=smooth, migration_scale=migration_scale,

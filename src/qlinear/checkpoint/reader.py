@@ -162,12 +162,42 @@ class Checkpoint:
     def other_files(self) -> list[Path]:
         """The files that are copied to a result: tokenizer, generation config, chat template, licence, `*.py`.
 
-        Paths are relative to the folder; links are followed. Not copied: weights in any form, hidden files, folders,
-        and files that are written anew (config.json, README.md, qlinear.json).
+        Paths are relative to the folder; links are followed. Of sub-folders, chat templates and Python code are copied,
+        and whole those that `modules.json` names (sentence-transformers' `1_Pooling`). Not copied: weights in any form,
+        adapters, hidden files, and files that are written anew (config.json, README.md, qlinear.json).
         """
-        templates = self.path / "additional_chat_templates"
-        files = [*self.path.iterdir(), *(templates.iterdir() if templates.is_dir() else ())]
-        return sorted(p.relative_to(self.path) for p in files if p.is_file() and _is_copied(p.name))
+        adapters = set(self.adapters())
+        files = [
+            p for p in self.path.iterdir() if p.is_file() and _is_copied(p.name) and not _is_adapter(p.name)
+        ]
+        for folder in (p for p in self.path.iterdir() if p.is_dir() and not p.name.startswith(".")):
+            if folder.name not in adapters:
+                files += [p for p in folder.rglob("*") if p.is_file() and self._is_needed(p, folder.name)]
+        return sorted(file.relative_to(self.path) for file in files)
+
+    def adapters(self) -> list[str]:
+        """The sub-folders that hold an adapter, and "." where the folder itself does. A result does not have them."""
+        configs = [*self.path.glob("adapter_config.json"), *self.path.glob("*/adapter_config.json")]
+        return sorted(str(config.parent.relative_to(self.path)) for config in configs)
+
+    def _is_needed(self, file: Path, folder: str) -> bool:
+        """Whether a file of a sub-folder is copied."""
+        if any(part.startswith(".") for part in file.relative_to(self.path).parts):
+            return False
+        if folder in self._module_folders():
+            return True
+        return _is_copied(file.name) and (folder == "additional_chat_templates" or file.suffix == ".py")
+
+    def _module_folders(self) -> set[str]:
+        """The sub-folders that sentence-transformers' `modules.json` names."""
+        try:
+            modules = json.loads((self.path / "modules.json").read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return set()
+        entries = modules if isinstance(modules, list) else []
+        return {str(entry.get("path", "")).split("/")[0] for entry in entries if isinstance(entry, dict)} - {
+            ""
+        }
 
     def require_unquantized(self) -> None:
         """Raise CheckpointError if config.json says that the weights are already quantized."""
@@ -205,18 +235,15 @@ def _locate(folder: Path) -> dict[str, TensorInfo]:
 
 
 def _read_sharded(index: Path) -> dict[str, TensorInfo]:
-    """The tensors that an index names, from the shards that it names for them."""
+    """The tensors of the shards that an index names: all that they hold, as transformers reads them."""
     weight_map = parse_json(index.read_bytes(), index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map from tensor names to files: download it again")
     read = read_pickled if index.name.startswith("pytorch_model") else read_header
-    shards = {name: read(_shard(index, name)) for name in sorted(set(weight_map.values()))}
-    for tensor, shard in weight_map.items():
-        if tensor not in shards[shard]:
-            raise CheckpointError(
-                f"{index} says that {tensor} is in {shard}, which does not hold it: download both again"
-            )
-    return {tensor: shards[shard][tensor] for tensor, shard in sorted(weight_map.items())}
+    tensors: dict[str, TensorInfo] = {}
+    for name in sorted(set(weight_map.values())):
+        tensors |= read(_shard(index, name))
+    return dict(sorted(tensors.items()))
 
 
 def _shard(index: Path, name: str) -> Path:
@@ -234,10 +261,10 @@ def _shard(index: Path, name: str) -> Path:
 
 def _folder(model: str | Path, revision: str | None) -> Path:
     """The folder itself, or the folder that a Hub id was downloaded to."""
-    folder = Path(model)
+    folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
-    if isinstance(model, Path) or model.count("/") != 1 or model[0] in "./~" or folder.parent.is_dir():
+    if isinstance(model, Path) or model.count("/") != 1 or model[0] in "./~":
         raise CheckpointError(
             f"no such folder: {model}; give a checkpoint folder or a Hub id such as org/name"
         )
@@ -254,6 +281,10 @@ def _folder(model: str | Path, revision: str | None) -> Path:
             f"{model} is neither a folder nor a Hub id that can be downloaded ({type(error).__name__}: "
             f"{reason}): check the name and the network, or give a local folder"
         ) from None
+
+
+def _is_adapter(name: str) -> bool:
+    return name.startswith("adapter_")
 
 
 def _is_copied(name: str) -> bool:

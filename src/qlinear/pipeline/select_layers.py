@@ -177,7 +177,10 @@ def _stay_in_float(source: StreamedModel, schemes: Mapping[str, Scheme]) -> list
     stacks = [name for name in float_stacks(source, schemes) if not _is_stack(source, name)]
     unused = unused_weights(source)
     size = sum(source.checkpoint.info(name).nbytes for name in unused) / 1e9
-    notes = []
+    notes = [
+        f"adapter in {'the folder itself' if name == '.' else name}: left out; merge it into the source to have it"
+        for name in source.checkpoint.adapters()
+    ]
     if stacks:
         notes.append(
             f"{', '.join(starred(stacks))}: left in float, as the file holds all experts of a layer in one tensor"

@@ -1,5 +1,6 @@
 """Opens what a user names: a model (a folder, a Hub id, `demo`), and its text (a file, a Hub id, `demo`, token ids)."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from .. import demo
 from ..checkpoint.reader import Checkpoint
 from ..data import Source, load_tokenizer, token_ids
-from ..errors import SchemeError
+from ..errors import DataError, SchemeError
 from ..runtime.device import CPU
 from .streamed_model import StreamedModel
 
@@ -35,12 +36,23 @@ def open_model(
     dtype: what it computes in; None for the device's best (see `StreamedModel`). computes: whether anything will be
     computed. If not, and without `dtype`, weights keep the file's dtype, which is the fastest to read.
     """
-    # A folder's name is its last part. `demo` and Hub ids keep their own, not that of the folder they lead to.
-    name = Path(model).name if Path(model).is_dir() else str(model)
+    name = model_name(model)
     checkpoint, wanted = open_checkpoint(model, revision), parse_dtype(dtype)
     if wanted is None and not computes:
         wanted = checkpoint.matrix_dtype
     return StreamedModel(checkpoint, wanted, trust_remote_code, name, device)
+
+
+def model_name(model: str | Path) -> str:
+    """What to call a model: a folder by its last part, a snapshot in the Hub's cache by its id, others as they are."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        return str(model)
+    folder = Path(os.path.abspath(folder))
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return "/".join(repository.split("--")[1:])
+    return folder.name
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -63,7 +75,14 @@ def evaluation_ids(text: Source, model: StreamedModel, tokens: int, seq_len: int
     """The first `tokens` token ids of a text as (n, seq_len), int64, to evaluate a model on. Raises DataError."""
     source = demo.evaluation_text() if isinstance(text, str) and text == "demo" else text
     seq_len = min(seq_len, tokens)
-    return _ids(source, model, tokens // seq_len, seq_len, None)
+    if seq_len < 2:
+        raise DataError(f"tokens and seq_len must be at least 2, one to predict the next from; got {seq_len}")
+    ids = _ids(source, model, tokens // seq_len, seq_len, None)
+    if ids.shape[1] < 2:
+        raise DataError(
+            "sequences of one token predict nothing: give token ids (n, seq_len) with seq_len at least 2"
+        )
+    return ids
 
 
 def _ids(source: Source, model: StreamedModel, samples: int, seq_len: int, seed: int | None) -> Tensor:

@@ -211,6 +211,12 @@ class WeightMap:
             if isinstance(tensor, nn.Parameter) and self._key[name] not in self._conversions
         ]
         if missing:
+            prefix = f"{self.model.base_model_prefix}."
+            if not any(name.startswith(prefix) for name in missing):
+                raise CheckpointError(
+                    f"{self.checkpoint.path} has no language model head (it lacks {missing[0]}), as encoders and "
+                    "classifiers: give the checkpoint of a causal language model"
+                )
             rest = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise CheckpointError(
                 f"{self.checkpoint.path} lacks {', '.join(missing[:3])}{rest}, which {type(self.model).__name__} "

@@ -60,7 +60,7 @@ def complete(
     others = source.other_files()
     for file in others:
         with writing_to(folder / file):
-            (folder / file).parent.mkdir(exist_ok=True)
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source.path / file, folder / file)
     config_bytes = _json(config)
     files = file_checksums(folder, [str(file) for file in others])
