@@ -4,10 +4,10 @@ Each quantized linear is unpacked with the source's layout and packed with the o
 linear is in memory at a time. The folder is completed as a job's is, by `pipeline/output/finalize.py`.
 """
 
-import json
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
+from ..checkpoint.checksums import read_note
 from ..checkpoint.dequantized_view import DequantizedView, quantization_config
 from ..checkpoint.layouts import get_layout
 from ..checkpoint.layouts.base import Layout
@@ -15,7 +15,7 @@ from ..checkpoint.output_dir import clear, require_empty, require_space
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.replace_dir import holds_checkpoint, staging_dir, swap
 from ..checkpoint.writer import ShardWriter
-from ..errors import CheckpointError, SchemeError
+from ..errors import CheckpointError, QLinearError, SchemeError
 from ..pipeline.output.finalize import complete, result_config
 from ..streaming.open_model import open_checkpoint
 
@@ -44,14 +44,22 @@ def convert(
         )
     config = layout.quantization_config(view.schemes, _ignored(source))
     _require_place(view, layout, format)
+    note, card = read_note(source), _card(source)
     require_empty(out, overwrite, source.path)
     require_space(out, source.nbytes)
     target = staging_dir(out) if holds_checkpoint(out) else out
+    result, existed = result_config(source.config, config, untied=False), target.is_dir()
     clear(target)
-    writer = ShardWriter(target, max_shard_size)
-    _write(view, layout, writer)
-    result = result_config(source.config, config, untied=False)
-    complete(target, source, result, _note(source), writer.checksums, _card(source))
+    try:
+        writer = ShardWriter(target, max_shard_size)
+        _write(view, layout, writer)
+        complete(target, source, result, note, writer.checksums, card)
+    except QLinearError:
+        clear(target)
+        if not existed:
+            with suppress(OSError):  # not empty, or not made
+                target.rmdir()
+        raise
     if target != out:
         swap(target, out)
     return out
@@ -86,13 +94,7 @@ def _write(view: DequantizedView, layout: Layout, writer: ShardWriter) -> None:
     writer.finish()
 
 
-def _note(source: Checkpoint) -> dict[str, Any]:
-    """What the source's `qlinear.json` says; nothing where another tool made it."""
-    file = source.path / "qlinear.json"
-    return dict(json.loads(file.read_text())) if file.is_file() else {}
-
-
 def _card(source: Checkpoint) -> str | None:
     """The source's model card, which holds for the result too."""
     file = source.path / "README.md"
-    return file.read_text() if file.is_file() else None
+    return file.read_text(errors="replace") if file.is_file() else None

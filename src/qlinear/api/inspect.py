@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..checkpoint.checksums import read_note
 from ..checkpoint.dequantized_view import quantization_config
 from ..checkpoint.layouts import MigrationPolicy, get_layout, supported_migration
 from ..checkpoint.layouts.base import Layout, packed_bytes
@@ -188,8 +189,7 @@ def _bytes_of(source: StreamedModel, name: str, leaf: str = "") -> int:
 
 def _finished(source: StreamedModel) -> Inspection:
     """The inspection of a quantized checkpoint."""
-    file = source.checkpoint.path / "qlinear.json"
-    note = json.loads(file.read_text()) if file.is_file() else {}
+    note = read_note(source.checkpoint)
     recorded = {layer["name"]: layer for layer in note.get("layers", [])}
     # Other tools do not note what they started from. The config's dtype then stands for the source's.
     dtype = build_meta_model(source.checkpoint.path, trust_remote_code=source.trust_remote_code).dtype

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from .reader import Checkpoint
-from .safetensors_header import parse_json
+from .safetensors_header import damaged, parse_json
 
 # How many damages a message lists.
 _LISTED = 3
@@ -59,6 +59,19 @@ def verify(
             f"{folder} is not as it was written: {'; '.join(damages[:_LISTED])}{rest}; copy it again, or make it anew"
         )
     return Verification(str(folder), len(expected["tensors"]), len(expected["files"]), checkpoint.nbytes)
+
+
+def read_note(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What `qlinear.json` says; nothing where another tool made the folder. Raises CheckpointError if it is damaged."""
+    file = checkpoint.path / "qlinear.json"
+    note = parse_json(file.read_bytes(), file) if file.is_file() else {}
+    layers, source = note.get("layers", []), note.get("source", {})
+    is_sound = isinstance(layers, list) and all(
+        isinstance(x, dict) and isinstance(x.get("name"), str) for x in layers
+    )
+    if not is_sound or not isinstance(source, dict):
+        raise damaged(file, "its `layers` are no list of named objects, or its `source` is no object")
+    return note
 
 
 def _checksums(folder: Path) -> Mapping[str, Mapping[str, str]]:

@@ -4,11 +4,13 @@ So the name matching and the weight conversions of a float model apply unchanged
 with `DequantizedView.linear`. Other reads, such as experts that a model stacks into one parameter, are dequantized.
 """
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..errors import CheckpointError
 from ..formats.scheme import Scheme
 from ..runtime.device import Uploader
 from .layouts import layout_of
@@ -41,8 +43,10 @@ class DequantizedView(Checkpoint):
         # A tensor with the scales' name may belong to something else, such as a vision tower's norm.
         split = (key.rpartition(".") for key in checkpoint.tensors)
         infos = {m: _dense_info(checkpoint, m, layout) for m, _, leaf in split if leaf == layout.SCALE_NAME}
-        linears = {module: nn.Linear(1, 1, device="meta") for module, info in infos.items() if info}
-        schemes = layout.schemes_from_config(config, linears)
+        linears: dict[str, nn.Module] = {
+            module: nn.Linear(1, 1, device="meta") for module, info in infos.items() if info
+        }
+        schemes = _schemes(checkpoint, config, layout, linears)
         dense = {f"{module}.weight": info for module, info in infos.items() if info and module in schemes}
         tensors = dict(checkpoint.tensors) | dense
         holders = float_holders(config)
@@ -52,7 +56,13 @@ class DequantizedView(Checkpoint):
         """A quantized linear, by the file's name of its module. Raises CheckpointError if part of it is missing."""
         assert self.layout is not None
         tensors = {key: self.stored.read(key) for key in self.stored.tensors if key.startswith(f"{module}.")}
-        return self.layout.unpack(module, tensors, self.schemes[module])
+        try:
+            return self.layout.unpack(module, tensors, self.schemes[module])
+        except (IndexError, RuntimeError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.path} holds {module} in shapes or dtypes that {self.schemes[module].name} does not have "
+                f"({' '.join(str(error).split())[:200]}): download it again"
+            ) from None
 
     def read(self, name: str, out: Tensor | None = None) -> Tensor:
         """`Checkpoint.read`; a quantized matrix is dequantized."""
@@ -79,6 +89,21 @@ def quantization_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The `quantization_config` of config.json, or of its `text_config`; None where there is none."""
     text: dict[str, Any] = checkpoint.config.get("text_config") or {}
     return checkpoint.config.get("quantization_config") or text.get("quantization_config")
+
+
+def _schemes(
+    checkpoint: Checkpoint, config: dict[str, Any], layout: Layout, linears: dict[str, nn.Module]
+) -> dict[str, Scheme]:
+    """The schemes of quantized linears. Raises CheckpointError where the config is not built as it has to be."""
+    try:
+        return layout.schemes_from_config(config, linears)
+    except CheckpointError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError, re.error) as error:
+        raise CheckpointError(
+            f"{checkpoint.path} has a quantization_config that cannot be read ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}): download it again"
+        ) from None
 
 
 def _dense_info(checkpoint: Checkpoint, module: str, layout: Layout) -> TensorInfo | None:
