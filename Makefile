@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test test-quick check bench clean
 
 # The stamp is newer than what decides the environment, or the environment is made again.
 .venv/stamp: pyproject.toml constraints.txt
@@ -17,6 +17,9 @@ demo: .venv/stamp ## the main job on the embedded model, ending with a table of 
 
 test: .venv/stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+test-quick: .venv/stamp ## all but the tests marked slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow"
 
 check: .venv/stamp
 	$(BIN)/ruff check .

@@ -16,6 +16,8 @@ from qlinear import load, quantize
 from qlinear.checkpoint.layouts import MigrationPolicy
 from qlinear.nn import QLinear
 
+pytestmark = pytest.mark.slow
+
 DENSE = ["Llama", "Qwen3", "Gemma3Text", "Phi3", "Cohere", "Olmo2", "OPT", "GPTNeoX", "StableLm", "Mamba2"]
 MIXTURES = ["Qwen3Moe", "DeepseekV3"]
 # Attention with an indexer, whose code casts to the dtype of a linear's weight; and one that rescales some.

@@ -22,6 +22,8 @@ from qlinear.pipeline.options import Options
 from qlinear.pipeline.quantize_block import quantize_block
 from qlinear.pipeline.run import Result
 
+pytestmark = pytest.mark.slow
+
 TOKENS = torch.randint(3, 128, (4, 24), generator=torch.Generator().manual_seed(0))
 
 

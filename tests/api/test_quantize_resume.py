@@ -13,6 +13,8 @@ from qlinear import QLinearError
 from ..support.dying import killed
 from ..support.models import contents, edit_weights, save_model
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.arange(3, 45).reshape(3, 14)
 OPTIONS: dict[str, dict[str, Any]] = {
     "llama": {},

@@ -27,6 +27,8 @@ from qlinear.runtime.distributed import Ranks
 from ..support.dying import killed
 from ..support.models import contents, save_model
 
+pytestmark = pytest.mark.slow
+
 # Enough sequences for more micro-batches (of 1024 tokens at most) than there are ranks.
 IDS = torch.arange(3, 3 + 5 * 600).remainder(90).add(3).reshape(5, 600)
 WIDE = {"max_position_embeddings": 1024}

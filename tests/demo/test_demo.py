@@ -18,6 +18,8 @@ from qlinear.data import tokenize
 from qlinear.formats.rounding import quantize_tensor
 from qlinear.formats.scheme import get_scheme
 
+pytestmark = pytest.mark.slow
+
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)

@@ -47,6 +47,7 @@ def write_text(file: Path, documents: list[str]) -> None:
     file.write_text("".join(json.dumps({"text": document}) + "\n" for document in chosen))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("document", RUN)
 def test_what_a_document_says_to_type_works(document: str, reader: Path) -> None:
     namespace: dict[str, Any] = {"__name__": "snippet"}

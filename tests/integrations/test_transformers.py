@@ -95,6 +95,7 @@ def test_what_it_saves_is_what_it_loaded(case: str, dtype: torch.dtype, tmp_path
 GROUPED = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_scheme_loads_and_is_saved_as_it_was(scheme: str, tmp_path: Path) -> None:
     source, folder, again = (tmp_path / name for name in ("source", "out", "again"))
@@ -167,6 +168,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 def test_it_is_registered_in_whichever_order_they_are_imported(order: str) -> None:
     ran = python("-W", "error", "-c", ORDERS[order] + REGISTERED)
@@ -190,6 +192,7 @@ print((kilobytes("VmHWM") - before) * 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
 def test_loading_needs_hardly_more_memory_than_the_file_has_bytes(tmp_path: Path) -> None:
     config = AutoConfig.for_model(

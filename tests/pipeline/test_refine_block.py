@@ -102,6 +102,7 @@ def test_scales_that_are_off_are_brought_back(
     refined = refine(block_in_job, start, lanes, targets, 4, names)
     assert refined is not None
     after = list(refined.quantized)
+    # Measured: 0.20 to 0.75 of the distance at the start, by scheme.
     assert distance(block, after, lanes, targets) < 0.8 * distance(block, start, lanes, targets)
     for old, new in zip(start, after, strict=True):
         assert torch.equal(old.linear.weight.codes.float(), new.linear.weight.codes.float())

@@ -14,6 +14,8 @@ from qlinear.runtime.device import within_memory
 
 from ..support.models import contents
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("selection", ["writes_there", "not writes_there"])
 def test_jobs_on_a_pretended_device(selection: str) -> None:

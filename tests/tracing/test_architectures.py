@@ -10,6 +10,8 @@ import pytest
 from benchmarks.small_models import CANNOT_BUILD
 from benchmarks.sweep import CLASSES, Swept, sweep
 
+pytestmark = pytest.mark.slow
+
 # XLNet's raw three-dimensional parameters multiply in einsums that are no linear layers: they are reported and kept.
 UNREAD = {"XLNet"}
 

