@@ -100,11 +100,14 @@ def test_a_torch_checkpoint_with_code_in_it_is_refused(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path)
 
 
-def test_a_transposed_tensor_in_a_torch_checkpoint_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_torch_checkpoint_of_any_format_and_strides_is_read(legacy: bool, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    torch.save({"x": torch.randn(3, 4).T}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="x in a form"):
-        Checkpoint.open(tmp_path)
+    x = torch.randn(3, 4)
+    tensors = {"x": x, "transposed": x.T, "part": x[:, 1:3], "half": torch.ones(2, dtype=torch.bfloat16)}
+    torch.save(tensors, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
+    checkpoint = Checkpoint.open(tmp_path)
+    assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in tensors.items())
 
 
 def test_dtypes_that_torch_lacks_are_copied_but_not_read(tmp_path: Path) -> None:
