@@ -5,6 +5,7 @@ import torch
 
 from qlinear.formats.rounding import quantize_tensor
 from qlinear.formats.scheme import get_scheme
+from qlinear.pipeline.quantize_block import _joined_notes
 from qlinear.pipeline.quantize_groups import relative, relative_error
 
 
@@ -27,3 +28,8 @@ def test_the_error_is_measured_on_rows_from_all_over_the_weight() -> None:
 def test_the_error_of_nothing_is_none() -> None:
     matrix = torch.zeros(4, 128)
     assert relative_error(quantize_tensor(matrix, get_scheme("w8a8").weight), matrix) == 0
+
+
+def test_the_same_words_on_several_linears_are_one_note() -> None:
+    notes = _joined_notes(["a.0: wide: ranges", "b: other", "a.1, a.2: wide: ranges"])
+    assert notes == ("a.0, a.1, a.2: wide: ranges", "b: other")

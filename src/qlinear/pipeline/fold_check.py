@@ -96,7 +96,8 @@ def relative_difference(expected: Tensor, actual: Tensor) -> float:
 def median_difference(expected: Tensor, actual: Tensor) -> float:
     """The relative difference of the median token; both (*, hidden).
 
-    A mixture's router may send a few tokens to other experts for a difference in the last bit; a wrong fold changes all.
+    A mixture's router may send a few tokens to other experts for a difference in the last bit. A wrong fold changes
+    all tokens.
     """
     a, b = expected.float().flatten(0, -2), actual.float().flatten(0, -2)
     return float(((a - b).norm(dim=-1) / a.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)).median())

@@ -57,7 +57,7 @@ def quantize_block(block: Block, stats: BlockStats, options: Options, mapped: Ma
         _stack(block, smoothed, options, name, list(chain.from_iterable(next(results) for _ in members)))
         for name, members in stacks.items()
     ]
-    notes = (*_notes(block, stats, smoothed, options), *_notes_of(block, units))
+    notes = _joined_notes([*_notes(block, stats, smoothed, options), *_notes_of(block, units)])
     changed = _changed(block, smoothed.smoothing, single, options) | smoothed.smoothing.vectors.keys()
     return BlockResult(
         block.name,
@@ -201,3 +201,12 @@ def _notes_of(block: Block, units: Iterable[Unit]) -> Iterator[str]:
     for result in chain.from_iterable(unit.quantized for unit in units):
         if result.note:
             yield f"{block.full_name(result.weight)}: {result.note}"
+
+
+def _joined_notes(notes: Iterable[str]) -> tuple[str, ...]:
+    """The notes with one for all linears of which the same is said; a note is `names: words`."""
+    names_by_words: dict[str, list[str]] = {}
+    for note in notes:
+        names, _, words = note.partition(": ")
+        names_by_words.setdefault(words, []).append(names)
+    return tuple(f"{', '.join(names)}: {words}" for words, names in names_by_words.items())
