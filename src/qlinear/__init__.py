@@ -27,7 +27,7 @@ The rooms, from the bottom of the house to the top; a module imports from its ow
     api/            one file per public function, which is one command: quantize, calibrate, evaluate, inspect, convert,
                     load, generate, dry_run, quantize_module
     integrations/   other libraries that load our checkpoints, each registered once it is imported: on_import,
-                    transformers, find_layers, load_operations
+                    transformers, find_layers, load_operations, vllm, vllm_linear, vllm_lmdeploy
     cli/            the command line: app, options, make_commands, measure_commands, commands, display
 
 Three modules stand alone: errors (the exception tree), functional (the layer as pure functions) and smooth (the public

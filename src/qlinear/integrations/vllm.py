@@ -50,7 +50,9 @@ class QLinearConfig(CompressedTensorsConfig):
         made.float_holders = frozenset(config.get("migration_scale", ()))
         return made
 
-    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
         """Note the number of heads, as the engine does for compressed-tensors alone: scales per head need it."""
         super().maybe_update_config(model_name, hf_config=hf_config, revision=revision)
         text = None if hf_config is None else hf_config.get_text_config()

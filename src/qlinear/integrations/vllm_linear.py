@@ -30,6 +30,7 @@ class MigrationScale(BasevLLMParameter):
     """
 
     def __new__(cls, data: Tensor, *_: Any) -> "MigrationScale":
+        """The tensor; what else a layer's vector has is set by `__init__`."""
         made: MigrationScale = super().__new__(cls, data=data)
         return made
 
@@ -62,13 +63,13 @@ def _rows(shard: Any) -> Any:
     return _ROWS.get(shard, shard)
 
 
-def create_vector(layer: nn.Module, name: str, in_features: int, width: int, parts: int) -> None:
+def create_vector(layer: Any, name: str, in_features: int, width: int, parts: int) -> None:
     """Give a layer, of which this rank has `width` of its inputs, a place for its vectors."""
     rows = torch.ones(parts, width, dtype=torch.float32)
     layer.register_parameter("migration_scale", MigrationScale(rows, name, in_features))
 
 
-def settle_vector(layer: nn.Module, name: str) -> None:
+def settle_vector(layer: Any, name: str) -> None:
     """Leave one vector (in,) of the loaded rows, or None. Raises CheckpointError where rows differ."""
     rows = layer.migration_scale
     if not rows.is_loaded:
@@ -84,7 +85,7 @@ def settle_vector(layer: nn.Module, name: str) -> None:
     layer.requires_unquantized_input = True
 
 
-def divide(layer: nn.Module, x: Tensor) -> Tensor:
+def divide(layer: Any, x: Tensor) -> Tensor:
     """x (*, in) over the layer's vector, in float32, as x's own dtype."""
     scale = layer.migration_scale
     return x if scale is None else (x / scale).to(x.dtype)
@@ -101,19 +102,19 @@ class MigratingScheme(CompressedTensorsScheme):
         """Of dividing: any device. The inner scheme's own is checked where it is chosen."""
         return 0
 
-    def create_weights(self, layer: nn.Module, **sizes: Any) -> None:
+    def create_weights(self, layer: Any, **sizes: Any) -> None:
         """The scheme's own parameters, and a place for the vector."""
         self.inner.create_weights(layer=layer, **sizes)
         parts = len(sizes["output_partition_sizes"])
         width, whole = sizes["input_size_per_partition"], sizes["input_size"]
         create_vector(layer, self.layer_name, whole, width, parts)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Check the vector, and let the scheme lay out its weights for its kernel."""
         settle_vector(layer, self.layer_name)
         self.inner.process_weights_after_loading(layer)
 
-    def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+    def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         """x (*, in) → y (*, out)."""
         y: Tensor = self.inner.apply_weights(layer, divide(layer, x), bias)
         return y
@@ -130,7 +131,7 @@ class MigratingFloatMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -145,7 +146,7 @@ class MigratingFloatMethod(LinearMethodBase):
             layer, self.layer_name, input_size, input_size_per_partition, len(output_partition_sizes)
         )
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Check the vector, which the config has promised. Raises CheckpointError."""
         if not layer.migration_scale.is_loaded:
             raise CheckpointError(
@@ -154,7 +155,7 @@ class MigratingFloatMethod(LinearMethodBase):
         settle_vector(layer, self.layer_name)
         self.inner.process_weights_after_loading(layer)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (*, in) → y (*, out)."""
         y: Tensor = self.inner.apply(layer, divide(layer, x), bias)
         return y

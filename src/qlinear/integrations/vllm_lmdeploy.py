@@ -8,9 +8,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..checkpoint import compressed_tensors
+from ..checkpoint.layouts import compressed_tensors
 from ..errors import CheckpointError
-from ..scheme import get_scheme
+from ..formats.scheme import get_scheme
 
 # The suffix of a tensor in the file, and what the engine calls that tensor.
 RENAMED = {".scale": ".weight_scale"}
