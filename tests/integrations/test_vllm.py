@@ -140,10 +140,10 @@ def test_without_a_kernel_the_engine_still_creates_our_tensors(scheme: str, case
 def test_the_server_completes_text_and_chats(cases: list[Result]) -> None:
     kept = next(case for case in cases if case["name"] == "demo.w8a8.kept-always")
     template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", kept["folder"], "--host", "127.0.0.1", "--port", str(PORT),
-        "--served-model-name", "demo", "--max-model-len", "300", "--chat-template", template,
-    ]  # fmt: skip
+    where = ["--host", "127.0.0.1", "--port", str(PORT)]
+    model = ["--model", kept["folder"], "--served-model-name", "demo", "--max-model-len", "300"]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *model, *where]
+    command += ["--chat-template", template]
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     server = subprocess.Popen(command, env=os.environ | settings)
     try:

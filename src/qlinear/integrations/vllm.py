@@ -23,6 +23,9 @@ from vllm.model_executor.models.utils import WeightsMapper
 from .vllm_linear import MigratingFloatMethod, MigratingScheme
 from .vllm_lmdeploy import RENAMED, as_compressed_tensors
 
+# Some models tell the config of a merge only after their layers are built (Qwen3-MoE's dense blocks).
+_MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
 
 def register() -> None:
     """Make the methods known to vLLM; calling it again changes nothing."""
@@ -77,8 +80,8 @@ class QLinearConfig(CompressedTensorsConfig):
 
     def _has_vector_in_float(self, prefix: str) -> bool:
         parent, _, leaf = prefix.rpartition(".")
-        parts = self.packed_modules_mapping.get(leaf, [leaf])
-        return any(f"{parent}.{part}" in self.float_holders for part in [leaf, *parts])
+        parts = self.packed_modules_mapping.get(leaf, _MERGED.get(leaf, ()))
+        return any(f"{parent}.{part}" in self.float_holders for part in (leaf, *parts))
 
 
 class LMDeployConfig(QLinearConfig):
