@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from qlinear.errors import SchemeError
+import qlinear
+from qlinear.errors import QLinearError, SchemeError
 from qlinear.formats.scheme import Scheme, TensorFormat, get_scheme
 from qlinear.pipeline.select_layers import make_plan, quantizable
 from qlinear.streaming.open_model import open_model
@@ -78,3 +79,24 @@ def test_a_vision_tower_is_left_as_it_is_and_engines_are_told(tmp_path: Path) ->
     seeing = {n for n, m in source.model.named_modules() if isinstance(m, nn.Linear) and "vision" in n}
     assert seeing
     assert seeing <= set(plan.ignored)
+
+
+def test_groups_of_an_input_that_do_not_divide_it_are_refused_by_name(tmp_path: Path) -> None:
+    source = save_model(
+        tmp_path / "model", hidden_size=64, intermediate_size=128, num_attention_heads=4, head_dim=16
+    )
+    for work in (
+        lambda: qlinear.quantize(source, tmp_path / "out", "fp8-block"),
+        lambda: qlinear.inspect(source, "fp8-block"),
+    ):
+        with pytest.raises(QLinearError, match=r"gate_proj: in_features 64 is not divisible by 128.*=fp8"):
+            work()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_scheme_for_the_head_is_done_though_heads_stay_in_float_by_default(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "model")
+    result = qlinear.quantize(source, tmp_path / "out", smooth="off", scheme_for={"lm_head": "w8a16"})
+    assert {layer.name: layer.scheme for layer in result.layers}["lm_head"] == "w8a16"
+    every = qlinear.quantize(source, tmp_path / "all", smooth="off", scheme_for={"*": "w8a16"})
+    assert "lm_head" not in {layer.name for layer in every.layers}

@@ -23,7 +23,7 @@ from ..algorithms.smoothquant import smoothing_scale, weight_statistic
 from ..calibration.stats import InputStats, StatsCollector
 from ..errors import SchemeError, StructureError
 from ..formats.name_patterns import matches_any
-from ..formats.scheme import Scheme, get_scheme
+from ..formats.scheme import Scheme, get_scheme, require_fit
 from ..nn import QLinear
 from ..nn.encoder_fast_path import disable_fast_paths
 from ..tracing.trace import Weight, watching_inputs
@@ -232,7 +232,7 @@ def _check(layers: Mapping[str, nn.Linear], scheme: Scheme, examples: bool, smoo
         raise SchemeError(f"{what} chosen from the layers' inputs: give example_inputs to measure them on")
     for name, linear in layers.items():
         try:
-            scheme.weight.scale_shape(linear.weight.shape)
+            require_fit(scheme, linear.weight.shape)
         except SchemeError as error:
             raise SchemeError(f"{name}: {error}; or leave it out with ignore=[{name!r}]") from error
 

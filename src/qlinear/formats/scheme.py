@@ -220,6 +220,17 @@ SCHEMES: dict[str, Scheme] = {
 }
 
 
+def require_fit(scheme: Scheme, shape: Sequence[int]) -> None:
+    """Raise SchemeError unless groups of the weight (..., out, in) and of its input divide `in`."""
+    scheme.weight.scale_shape(shape)
+    size = None if scheme.activation is None else scheme.activation.group_size
+    if size is not None and shape[-1] % size:
+        raise SchemeError(
+            f"in_features {shape[-1]} is not divisible by {size}, the group_size of its input in scheme {scheme.name}: "
+            "choose a scheme whose inputs have one scale per token"
+        )
+
+
 def get_scheme(scheme: str | Scheme) -> Scheme:
     """The preset of that name; a Scheme is returned as it is. Raises SchemeError, naming the known ones."""
     if isinstance(scheme, Scheme):

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import SchemeError
 from ..formats.name_patterns import matches
-from ..formats.scheme import Scheme
+from ..formats.scheme import Scheme, require_fit
 from ..runtime.device import CPU
 from ..streaming.plain_linear import is_plain_linear
 from ..streaming.streamed_model import StreamedModel, compute_dtype, transposed_linears
@@ -85,10 +85,17 @@ def _rules(
     ignore: Sequence[str] | None,
     scheme_for: Mapping[str, Scheme],
 ) -> list[_Rule]:
-    """What patterns choose, the weakest first: those to be left in float count most."""
-    patterns = [source.head_name, *routers(source, linears)] if ignore is None else ignore
+    """What patterns choose, the weakest first: `ignore` counts most.
+
+    Without `ignore` the head and routers stay in float, but for a pattern of `scheme_for` that matches nothing else: it
+    means them.
+    """
     rules: list[_Rule] = [(pattern, scheme, "scheme-for") for pattern, scheme in scheme_for.items()]
-    return [*rules, *((pattern, None, "ignore") for pattern in patterns)]
+    if ignore is not None:
+        return [*rules, *((pattern, None, "ignore") for pattern in ignore)]
+    floats = [source.head_name, *routers(source, linears)]
+    meant = [rule for rule in rules if {n for n in linears if matches(rule[0], n)} <= {*floats}]
+    return [*rules, *((name, None, "ignore") for name in floats), *meant]
 
 
 def _explicit(
@@ -150,10 +157,11 @@ def _require_fit(name: str, shape: tuple[int, ...], scheme: Scheme) -> None:
             f"scheme {scheme.name} fixes input scales, which experts do not share: use w8a8 here"
         )
     try:
-        scheme.weight.scale_shape(shape)
+        require_fit(scheme, shape)
     except SchemeError as error:
+        fitting = "fp8" if scheme.weight.is_float else "w4a16-channel"
         raise SchemeError(
-            f"{name}: {error} (--scheme-for '{name}=w4a16-channel'), or leave it out with --ignore {name}"
+            f"{name}: {error} (--scheme-for '{name}={fitting}'), or leave it out with --ignore {name}"
         ) from None
 
 
