@@ -49,6 +49,7 @@ def _config_errors() -> tuple[type[Exception], ...]:
 
     usual = (
         ArithmeticError,
+        AssertionError,
         AttributeError,
         ImportError,
         LookupError,

@@ -67,7 +67,7 @@ def complete(
     files["config.json"] = f"{zlib.crc32(config_bytes):08x}"
     sums = {"tensors": dict(checksums), "files": files}
     if card is not None:
-        write_atomically(folder / "README.md", card.encode())
+        write_atomically(folder / "README.md", card.encode(errors="replace"))
     write_atomically(folder / "qlinear.json", _json(dict(note) | {"checksums": sums}))
     write_atomically(folder / "config.json", config_bytes)
 
@@ -131,4 +131,8 @@ def _mapping(text: str) -> dict[str, Any]:
 
 
 def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    try:
+        return text.encode()
+    except UnicodeEncodeError:  # a surrogate without a partner, which only an escape can stand for
+        return (json.dumps(value, indent=2) + "\n").encode()
