@@ -181,6 +181,7 @@ def test_llama_2_7b_is_planned_from_its_config_to_the_byte(llama_2_7b: Path) -> 
     assert len(found.linears) == 32 * 7 + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["lmdeploy", "qlinear"])
 def test_llama_2_7b_with_every_vector_kept_is_planned_to_the_byte(format: str, llama_2_7b: Path) -> None:
     found = qlinear.inspect(llama_2_7b, format=format, migration_scale="always")

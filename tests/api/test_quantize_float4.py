@@ -16,6 +16,8 @@ from qlinear.nn import QLinear
 from ..support.models import edit_weights, save_model
 from .test_quantize_algorithms import divergence, with_outliers
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.randint(3, 97, (24, 30), generator=torch.Generator().manual_seed(0))
 SIZES: dict[str, Any] = {
     "hidden_size": 64,

@@ -70,6 +70,7 @@ def test_layers_and_logits_are_those_of_load(case: str, dtype: torch.dtype, tmp_
     assert torch.equal(logits(theirs), logits(ours))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [case for case in CASES if case != "qwen3_moe"])
 def test_what_it_saves_is_what_it_loaded(case: str, dtype: torch.dtype, tmp_path: Path) -> None:

@@ -90,6 +90,7 @@ def smoothed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_training_recovers_half_of_the_loss_from_four_bits(smoothed: Path) -> None:
     torch.manual_seed(0)
     tokenizer = load_tokenizer(demo.checkpoint_path())

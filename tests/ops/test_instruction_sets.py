@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).parents[1]
 KERNEL_TESTS = ["ops/test_ops.py", "ops/test_weight_only.py", "ops/test_torch_int4.py", "test_functional.py"]
 # Slow tests of properties that do not depend on the instruction set, or that start processes themselves.
