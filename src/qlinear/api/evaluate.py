@@ -54,7 +54,7 @@ def evaluate(
     data: Source = "demo",
     tokens: int = 16384,
     seq_len: int = 512,
-    dtype: str | torch.dtype = torch.float32,
+    dtype: str | torch.dtype | None = None,
     device: str | torch.device = CPU,
     trust_remote_code: bool = False,
     revision: str | None = None,
@@ -63,10 +63,11 @@ def evaluate(
     """Perplexity of a checkpoint, quantized or not, on a text; with a reference how far it moved from that.
 
     model, reference: checkpoint folders, Hub ids, or "demo". data: text, as for `quantize`'s calibration, or token ids
-    (n, seq_len). tokens: how many of it are read, in sequences of seq_len. dtype: what both models compute in; in
-    float32 the figures do not depend on the processor. device: what it is computed on, "cpu" or "cuda".
+    (n, seq_len). tokens: how many of it are read, in sequences of seq_len. dtype: what both models compute in, float32
+    if None: the figures do not depend on the processor then. device: what it is computed on, "cpu" or "cuda".
     Raises QLinearError before any work.
     """
+    dtype = torch.float32 if dtype is None else dtype
     where = as_device(device)
     opened = open_model(model, dtype, trust_remote_code, revision, where)
     original = None if reference is None else open_model(reference, dtype, trust_remote_code, device=where)
