@@ -87,8 +87,14 @@ class DequantizedView(Checkpoint):
 
 def quantization_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The `quantization_config` of config.json, or of its `text_config`; None where there is none."""
-    text: dict[str, Any] = checkpoint.config.get("text_config") or {}
-    return checkpoint.config.get("quantization_config") or text.get("quantization_config")
+    text = checkpoint.config.get("text_config")
+    nested = text.get("quantization_config") if isinstance(text, dict) else None
+    config = checkpoint.config.get("quantization_config") or nested
+    if config is not None and not isinstance(config, dict):
+        raise CheckpointError(
+            f"{checkpoint.path} has a quantization_config that is no object: download it again"
+        )
+    return config
 
 
 def _schemes(

@@ -125,12 +125,10 @@ def _encode(item: Any, tokenizer: "PreTrainedTokenizerBase", place: str) -> list
     if isinstance(item, Messages) and item.plain and getattr(tokenizer, "chat_template", None) is None:
         item = item.plain
     if isinstance(item, str):
-        ids: list[int] = tokenizer(_well_formed(item), verbose=False)["input_ids"]
-        return ids
+        return _ids_of(item, tokenizer, True)
     if is_conversation(item):
         text = _as_text(item if isinstance(item, Messages) else Messages(item, place), tokenizer)
-        ids = tokenizer(_well_formed(text), add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+        return _ids_of(text, tokenizer, False)
     given = given_ids(item, place)
     if given is None or given.is_floating_point() or given.dtype == torch.bool:
         raise DataError(
@@ -138,6 +136,15 @@ def _encode(item: Any, tokenizer: "PreTrainedTokenizerBase", place: str) -> list
             "LongTensor (n, seq_len)"
         )
     return given.flatten().tolist()
+
+
+def _ids_of(text: str, tokenizer: "PreTrainedTokenizerBase", special: bool) -> list[int]:
+    """The token ids of a text. special: whether the tokenizer adds its special tokens. Raises DataError."""
+    try:
+        ids: list[int] = tokenizer(_well_formed(text), add_special_tokens=special, verbose=False)["input_ids"]
+    except _TEMPLATE_ERRORS as error:
+        raise DataError(f"the tokenizer cannot be used: {one_line(error)}: mend its files") from None
+    return ids
 
 
 def _well_formed(text: str) -> str:
