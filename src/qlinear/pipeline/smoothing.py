@@ -26,7 +26,7 @@ class Smoothing:
 
     columns: (in,) multiplies a weight's columns. rows: (out,) divides a producer's rows. migration: (in,) stays with a
     layer and divides its input; `columns` holds the same vector. folded_into: the producer's name, for the report.
-    vectors: gains and biases as they become, by their names in the block, in the block's dtype.
+    vectors: gains and biases as the file will hold them, by their names in the block, in the dtype of the file.
     """
 
     columns: Mapping[Weight, Tensor] = field(default_factory=dict)
@@ -129,14 +129,14 @@ class Smoothing:
         # A gain that rounds to zero leaves nothing to compensate with: that channel is not scaled.
         usable = (remaining != 0) & (whole != 0)
         s = torch.where(usable, whole / remaining, 1.0)
-        vectors = {name: torch.where(usable, folded.to(gain.dtype), gain)}
+        vectors = {name: torch.where(usable, folded, gain.to(stored))}
         return s, vectors | self._divided_bias(block, biases, s, stored)
 
     def _divided_bias(
         self, block: nn.Module, names: list[str], s: Tensor, stored: torch.dtype
     ) -> dict[str, Tensor]:
         biases = {name: self._vector(block, name) for name in names}
-        return {name: (bias.float() / s).to(stored).to(bias.dtype) for name, bias in biases.items()}
+        return {name: (bias.float() / s).to(stored) for name, bias in biases.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,9 +44,10 @@ class BlockWriter:
         """Write the float parameters that changed, with those that come from the same tensors of the file."""
         names = self.source.names
         together = {name for key in result.changed for name in names.made_with(joined(block.name, key))}
-        refined = {joined(block.name, name): vector for name, vector in result.refined.items()}
+        vectors = {**result.smoothing.vectors, **result.refined}
+        exact = {joined(block.name, name): vector for name, vector in vectors.items()}
         get = self.source.model.get_parameter
-        self._write_float({name: refined[name] if name in refined else get(name) for name in together})
+        self._write_float({name: exact[name] if name in exact else get(name) for name in together})
 
     def _packed(self, block: Block, unit: Unit) -> PackedUnit:
         """A unit's tensors in the file, and its float weights where it may have to stay in float."""
