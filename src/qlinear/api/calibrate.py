@@ -21,15 +21,18 @@ from ..tracing.proof import run_in_float32
 from ..tracing.trace import Weight
 from .evaluate import Progress
 
-# A few real tokens show which weights multiply what; many pass through a block at once, but not so many as to be large.
-_SHOWN, _BATCH_TOKENS = (2, 16), 2048
+# Tokens of the trace, which shows which weights multiply what; and tokens that pass through a block at once.
+_TRACED, _BATCH_TOKENS = (2, 16), 2048
 _ALONE = Ranks()
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What `write_statistics` did. out: the file. tokens: of the calibration set. modules: names of the weights whose
-    inputs were measured. idle: those that no token reached, experts of a mixture."""
+    """The result of `write_statistics`.
+
+    out: the file. tokens: of the calibration set. modules: names of the weights whose inputs were measured. idle: names
+    of the weights that no token reached, such as experts of a mixture.
+    """
 
     out: str
     seconds: float
@@ -66,10 +69,14 @@ def write_statistics(
         source = open_model(model, dtype, trust_remote_code, revision, where)
         source.checkpoint.require_unquantized()
         tokens = calibration_ids(calibration, source, samples, seq_len, seed)
-    found = gather_statistics(source, tokens, progress, replace(ranks, device=where))
-    ranks.on_main(lambda: save_statistics(out, found))
+    statistics = gather_statistics(source, tokens, progress, replace(ranks, device=where))
+    ranks.on_main(lambda: save_statistics(out, statistics))
     return Calibration(
-        str(out), time.monotonic() - began, tokens.numel(), tuple(found.inputs), tuple(sorted(found.idle))
+        str(out),
+        time.monotonic() - began,
+        tokens.numel(),
+        tuple(statistics.inputs),
+        tuple(sorted(statistics.idle)),
     )
 
 
@@ -84,8 +91,8 @@ def gather_statistics(
     inputs: dict[str, InputStats] = {}
     idle: set[str] = set()
     rows = max(1, _BATCH_TOKENS // tokens.shape[1])
-    shown = tokens[: _SHOWN[0], : _SHOWN[1]]
-    batches = [*batches_of(shown, len(shown)), *ranks.shard(batches_of(tokens, rows))]
+    traced = tokens[: _TRACED[0], : _TRACED[1]]
+    batches = [*batches_of(traced, len(traced)), *ranks.shard(batches_of(tokens, rows))]
     with source.lanes(batches) as lanes:
         while (block := lanes.at) is not None and block is not source.head:
             progress("calibrating", source.position(block), len(source.blocks))
@@ -98,39 +105,39 @@ def gather_statistics(
 
 
 def _of_block(
-    block: nn.Module, name: str, ranks: Ranks, shown: Lane, *calibration: Lane
+    block: nn.Module, name: str, ranks: Ranks, traced: Lane, *calibration: Lane
 ) -> tuple[dict[str, InputStats], set[str]]:
     """The statistics of a block's weights by name, and the names of those that no token reached."""
-    trace = run_in_float32(block, shown.waiting)
-    found = calibrate(block, calibration, trace, name, ranks=ranks)
-    shown.step()
-    every = {weight for product in trace.products for weight in _slices(block, product.weight)}
+    trace = run_in_float32(block, traced.waiting)
+    stats = calibrate(block, calibration, trace, name, ranks=ranks)
+    traced.step()
+    multiplied = {weight for product in trace.products for weight in _slices(block, product.weight)}
     linears = {Weight(f"{n}.weight") for n, module in block.named_modules() if isinstance(module, nn.Linear)}
-    in_order = dict.fromkeys([*(product.weight for product in trace.products), *found])
-    found = {weight: found[weight] for weight in in_order if weight in found}
-    return _named(found, name), {input_name(name, weight) for weight in (every | linears) - set(found)}
+    in_order = dict.fromkeys([*(product.weight for product in trace.products), *stats])
+    stats = {weight: stats[weight] for weight in in_order if weight in stats}
+    return _named(stats, name), {input_name(name, weight) for weight in (multiplied | linears) - set(stats)}
 
 
 def _slices(block: nn.Module, weight: Weight) -> list[Weight]:
-    """The weight, or all matrices of the stack that it is one of."""
+    """The weight itself, or all matrices of its stack."""
     if weight.index is None:
         return [weight]
     return [replace(weight, index=index) for index in range(weight.count(block))]
 
 
-def _named(found: Mapping[Weight, InputStats], block: str) -> dict[str, InputStats]:
-    """On the CPU, without their samples, which stay out of files; what was one for several weights is still one."""
+def _named(stats: Mapping[Weight, InputStats], block: str) -> dict[str, InputStats]:
+    """Statistics by the names that a file gives them, on the CPU and without samples; shared ones stay shared."""
     bare = {
-        id(stats): moved(replace(stats, sample=stats.sample.new_empty(0, stats.sample.shape[1])), CPU)
-        for stats in found.values()
+        id(one): moved(replace(one, sample=one.sample.new_empty(0, one.sample.shape[1])), CPU)
+        for one in stats.values()
     }
-    return {input_name(block, weight): bare[id(stats)] for weight, stats in found.items()}
+    return {input_name(block, weight): bare[id(one)] for weight, one in stats.items()}
 
 
 def _add(inputs: dict[str, InputStats], stats: Mapping[str, InputStats]) -> None:
-    """Count a block's statistics in; of a block that the model passes again, to what it saw the first time."""
-    joined: dict[int, InputStats] = {}
+    """Add a block's statistics; combine them with the first ones where the model passes a block twice."""
+    combined: dict[int, InputStats] = {}
     for name, new in stats.items():
-        if id(new) not in joined:
-            joined[id(new)] = combine(inputs[name], new) if name in inputs else new
-        inputs[name] = joined[id(new)]
+        if id(new) not in combined:
+            combined[id(new)] = combine(inputs[name], new) if name in inputs else new
+        inputs[name] = combined[id(new)]

@@ -1,4 +1,7 @@
-"""The statistics of an input group that its smoothing vector is made of."""
+"""The statistics of an input group from which its smoothing vector is computed.
+
+A group has one vector, over the channels of its producer where a fold is known, else over the channels of its input.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,18 +14,17 @@ from ..algorithms.smoothquant import smoothing_scale, weight_statistic
 from ..tracing.folds import InputGroup
 from ..tracing.trace import Weight
 
-# How far a range with a zero point may reach below zero, as shares of how far it reaches above.
+# Candidates for the part of a range below zero, relative to the part above, where codes have a zero point.
 _SHARES_BELOW = tuple(i / 20 for i in range(20, 0, -1))
 
 
 @dataclass(frozen=True, slots=True)
 class GroupStatistics:
-    """What the smoothing vectors of an input group are made of: over its producer's channels, or its input's.
+    """Statistics of a group per channel (size,).
 
-    absmax, absmean: of the activations (size,), None for a group that saw no token, an idle expert's. weight_absmax,
-    weight_mean: of the weights' columns (size,), both forms of `weight_statistic` over the rows of all weights.
-    Where several input channels carry one producer channel (grouped-query attention repeats a value head) the largest
-    of their statistics counts.
+    absmax, absmean: of the activations; None for the group of an expert that saw no token. weight_absmax, weight_mean:
+    of the weights' columns, in both forms of `weight_statistic`, over the rows of all weights. Grouped-query attention
+    repeats a value head, so several input channels carry one producer channel; the largest statistic counts.
     """
 
     absmax: Tensor | None
@@ -39,7 +41,7 @@ class GroupStatistics:
         absmean: Mapping[Weight, Tensor],
         group_size: int | None = None,
     ) -> "GroupStatistics":
-        """Of matrices (out, in), and of absmax and absmean (in,) for the weights that saw tokens."""
+        """From matrices (out, in), and absmax and absmean (in,) of the weights that saw tokens."""
         largest = {w: weight_statistic([matrices[w]]) for w in group.weights}
         return cls(
             _per_channel(group, absmax) if absmax else None,
@@ -49,14 +51,14 @@ class GroupStatistics:
         )
 
     def reaching(self, group: InputGroup, absmax: Mapping[Weight, Tensor]) -> "GroupStatistics":
-        """The same with another absmax (in,) of the weights that saw tokens."""
+        """The statistics with another absmax (in,) of the weights that saw tokens."""
         return replace(self, absmax=_per_channel(group, absmax) if absmax else None)
 
     def scale(self, alpha: float = 0.5, form: Literal["absmax", "mean", "awq"] = "absmax") -> Tensor:
         """s = a^alpha / w^(1 - alpha). form: absmax of both; absmax and the mean; or AWQ's two means, normalised."""
         w = self.weight_absmax if form == "absmax" else self.weight_mean
         a = self.absmean if form == "awq" else self.absmax
-        if a is None:  # nothing is known of the activations: the weights are evened out, around 1
+        if a is None:  # no statistics of activations: even out the weights, around 1
             return smoothing_scale(torch.ones_like(w), w, alpha, normalize=True)
         return smoothing_scale(a, w, alpha, normalize=form == "awq")
 
@@ -64,14 +66,14 @@ class GroupStatistics:
 def group_scale(
     group: InputGroup, matrices: Mapping[Weight, Tensor], absmax: Mapping[Weight, Tensor], alpha: float
 ) -> Tensor:
-    """The one smoothing vector of an input group, as SmoothQuant has it; see `GroupStatistics`."""
+    """SmoothQuant's vector of an input group (size,); see `GroupStatistics`."""
     w = _per_channel(group, {weight: weight_statistic([matrices[weight]]) for weight in group.weights})
     seen = {weight: absmax[weight] for weight in group.weights if weight in absmax}
     return GroupStatistics(_per_channel(group, seen) if seen else None, None, w, w).scale(alpha)
 
 
 def _mean_per_channel(group: InputGroup, matrices: Mapping[Weight, Tensor], group_size: int | None) -> Tensor:
-    """The "mean" statistic over the rows of all weights of a group, as if they were one: each row counts alike."""
+    """The "mean" statistic over the rows of all weights of a group; every row counts the same."""
     rows = {w: float(len(matrices[w])) for w in group.weights}
     sums = {w: weight_statistic([matrices[w]], "mean", group_size) * rows[w] for w in group.weights}
     counts = {w: torch.full_like(sums[w], rows[w]) for w in group.weights}
@@ -97,18 +99,18 @@ def flip_signs(
     low: Mapping[Weight, Tensor],
     high: Mapping[Weight, Tensor],
 ) -> tuple[Tensor, dict[Weight, Tensor]]:
-    """Signs that turn every channel's far end the same way, and how far each then reaches.
+    """Signs that make the larger end of every channel positive, and the reach of every channel then.
 
-    Codes with a zero point need not reach as far below zero as above. What decides are all channels together, and one
-    that reaches far up stands beside one that reaches far down. A sign is as free as a size is: of s it is folded
-    alike. With all far ends above zero, a share b of the range is enough below it. Channel j then reaches
+    With a zero point a range need not be symmetric. All channels share one range, and a channel with a large maximum
+    may stand beside one with a large minimum. A vector may hold signs as well as sizes, since both are folded alike.
+    With every larger end positive, a share b of the range suffices below zero. The reach of channel j is
 
         r_j = max(far_j, near_j / b)        b of least Σ_j ((1 + b) r_j)² |W_j|²
 
-    which is the error of the outputs where every channel fills the range, up to a factor; b = 1 gives the absmax.
+    The sum is the output error, up to a factor, if every channel fills the range; b = 1 gives the absmax.
 
-    group: with a fold that holds for either sign (`structure.reversible`). matrices: (out, in). low, high: extremes
-    (in,) of the weights that saw tokens. Returns signs (size,), 1 or -1, and r (in,) of each of those weights.
+    group: with a fold that holds for both signs (`tracing.proof.reversible`). matrices: (out, in). low, high: extremes
+    (in,) of the weights that saw tokens. Returns signs (size,), 1 or -1, and r (in,) of each of these weights.
     """
     assert group.fold is not None
     above = _per_channel(group, {weight: x.clamp(min=0) for weight, x in high.items()})

@@ -1,12 +1,12 @@
-"""What a run has finished, so that one that was killed goes on from there and gives the same bytes.
+"""The journal of a run, from which a killed run resumes and writes the same bytes.
 
-OUT/.qlinear holds, until the result is whole:
+The folder `.qlinear` in the output holds, until the result is whole:
 
-    lock                  held while a process writes there; the system lets go of it when the process dies
-    journal.json          settings, finished blocks, and where the shards ended when the last of them was written
-    BLOCK.safetensors     the smoothing of a finished block, by which its part of the calibration is done again
+    lock                        held while a process writes there; the system releases it when the process dies
+    journal.json                settings, finished blocks, and the length of the shards after the last of them
+    block-NNNNN.safetensors     the smoothing of a finished block, with which the calibration set passes it again
 
-A block is in the journal after its tensors are on the disk; whatever lies in the shards behind that is cut off.
+A block enters the journal after its tensors are on the disk. On resuming, longer shards are cut to the noted length.
 """
 
 import hashlib
@@ -36,10 +36,10 @@ _FOLDER = ".qlinear"
 
 
 class Journal:
-    """The journal of a run into `out`; `open` takes it up or begins it, `remove` ends it.
+    """The journal of a run into `out`; `open` resumes or begins it, `remove` ends it.
 
-    done: what an earlier run with the same settings has finished. shards: the writer's state then, None if it began
-    nothing.
+    done: the blocks that an earlier run with the same settings has finished. shards: the writer's state then, None if
+    it finished none.
     """
 
     def __init__(self, out: Path, settings: Mapping[str, Any], lock: FileLock) -> None:
@@ -52,8 +52,10 @@ class Journal:
 
     @classmethod
     def open(cls, out: str | Path, settings: Mapping[str, Any]) -> "Journal":
-        """Take up the journal in `out`, or begin one. Raises OutputError where another run writes there, or where an
-        unfinished one had other settings, which are named."""
+        """Resume the journal in `out`, or begin one.
+
+        Raises OutputError where another run writes there, or where an unfinished run had other settings; it names them.
+        """
         folder = Path(out) / _FOLDER
         with writing_to(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -65,8 +67,8 @@ class Journal:
             write_atomically(file, self._entry(None))
         return self
 
-    def _resume(self, found: Mapping[str, Any]) -> None:
-        before = found["settings"]
+    def _resume(self, entry: Mapping[str, Any]) -> None:
+        before = entry["settings"]
         differ = [
             f"{key} was {before.get(key)!r} and is now {self.settings.get(key)!r}"
             for key in sorted({*before, *self.settings})
@@ -78,14 +80,14 @@ class Journal:
                 f"{self.folder.parent} holds an unfinished run with other settings ({'; '.join(differ)}): "
                 "use those, choose another folder, or start anew with --no-resume"
             )
-        layers = [Layer(**layer | {"curve": tuple(map(tuple, layer["curve"]))}) for layer in found["layers"]]
-        self.done = Done(found["blocks"], layers, found["warnings"])
-        self.shards = found["shards"]
+        layers = [Layer(**layer | {"curve": tuple(map(tuple, layer["curve"]))}) for layer in entry["layers"]]
+        self.done = Done(entry["blocks"], layers, entry["warnings"])
+        self.shards = entry["shards"]
 
     def record(
         self, result: BlockResult, layers: Sequence[Layer], warnings: Sequence[str], sink: Sink
     ) -> None:
-        """A block is finished, and in the shards: it is made durable, and noted, while the next one is worked on."""
+        """Note a block that is in the shards. It is made durable in a thread, while the next block is worked on."""
         self.flush()
         file, smoothing = self._file(len(self.done.blocks)), _record_as_bytes(result)
         shards, sync = sink.commit()
@@ -136,8 +138,8 @@ class Journal:
         return self.folder / f"block-{position:05d}.safetensors"
 
     def close(self) -> None:
-        """Let go of the folder, which another run may then take up."""
-        self._thread.shutdown()  # what is on its way gets there
+        """Release the folder, so that another run can resume it."""
+        self._thread.shutdown()  # pending writes are completed
         self._lock.release()
 
     def moved(self, out: Path) -> None:
@@ -145,14 +147,14 @@ class Journal:
         self.folder = out / _FOLDER
 
     def remove(self) -> None:
-        """The result is whole: nothing is left to be taken up."""
+        """Delete the journal: the result is whole."""
         self._thread.shutdown()
         shutil.rmtree(self.folder, ignore_errors=True)
         self.close()
 
 
 def begin(out: Path, settings: Mapping[str, Any], max_shard_size: int) -> tuple[ShardWriter, Journal]:
-    """What writes a run into `out` and remembers it: taken up where an earlier one left off, or new."""
+    """The writer and the journal of a run into `out`: resumed where an earlier run stopped, or new."""
     journal = Journal.open(out, settings)
     try:
         if journal.shards is None:
