@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.small_models import small_model
+from benchmarks.sweep import CLASSES, TOKENS
 
 import qlinear
 from qlinear.algorithms import get_algorithm
 from qlinear.calibration.collect import calibrate
+from qlinear.checkpoint.reader import Checkpoint
 from qlinear.formats.scheme import get_scheme
 from qlinear.pipeline import loop
 from qlinear.pipeline.block import Block, BlockStats
@@ -108,3 +111,20 @@ def test_a_fold_that_changes_the_output_is_undone_and_named(
 def _permuted(fold: Fold) -> Fold:
     readers = tuple(replace(reader, channels=reader.channels.roll(1)) for reader in fold.readers)
     return replace(fold, readers=readers)
+
+
+def test_a_router_that_is_held_in_float32_is_smoothed_once(tmp_path: Path) -> None:
+    """HunYuan's mixture holds its router in float32 beside bfloat16; the check of the folds must not change it."""
+    model = small_model(CLASSES["HunYuanMoEV1"]).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    for dtype in ("float32", "bfloat16"):
+        qlinear.quantize(
+            tmp_path / "model", tmp_path / dtype, calibration=TOKENS, dtype=dtype, format="qlinear"
+        )
+    name = next(n for n in Checkpoint.open(tmp_path / "model").tensors if n.endswith("gate.wg.weight"))
+    gain = name.replace("mlp.gate.wg", "post_attention_layernorm")
+    source, *results = (Checkpoint.open(tmp_path / folder) for folder in ("model", "float32", "bfloat16"))
+    for result in results:
+        # What the gain lost, the router's columns gained: their product is the source's, to the rounding of both.
+        product, expected = (c.read(name).float() * c.read(gain).float() for c in (result, source))
+        torch.testing.assert_close(product, expected, rtol=2 * torch.finfo(torch.bfloat16).eps, atol=1e-6)

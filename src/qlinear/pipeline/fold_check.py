@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.reader import Checkpoint
-from ..streaming.float32 import float32_call, in_float32, is_narrow, tensors_of
+from ..streaming.float32 import float32_call, in_float32, tensors_of
 from ..streaming.lanes import Call, Lane
 from ..tracing.folds import Fold
 from .block import Block
@@ -52,11 +52,8 @@ class FoldCheck:
 
     def _holds(self, block: Block, smoothing: Smoothing) -> bool:
         """Whether the output stays with the block smoothed; the block has its own parameters again afterwards."""
-        if is_narrow(block.module):
-            with in_float32(tensors_of(block.module)):
-                smoothing.apply_to(block.module)
-                return self._agrees(block)
-        with smoothing.applied_to(block.module):
+        with in_float32(tensors_of(block.module), private=True):
+            smoothing.apply_to(block.module)
             return self._agrees(block)
 
     def _agrees(self, block: Block) -> bool:

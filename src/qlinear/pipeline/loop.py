@@ -197,7 +197,7 @@ class BlockLoop:
     def _smooth(self, module: nn.Module, smoothing: Smoothing, lanes: LaneSets) -> None:
         """Smooth the block in memory, and let the tokens that check the folds pass it, smoothed in float32."""
         if is_narrow(module):
-            with in_float32(tensors_of(module)):
+            with in_float32(tensors_of(module), private=True):
                 smoothing.apply_to(module)
                 self._step_in_float32(lanes.smoothed, module)
             smoothing.apply_to(module)

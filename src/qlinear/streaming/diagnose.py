@@ -50,7 +50,9 @@ def require_runs(model: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
     except _MODEL_ERRORS as error:
         where = f"in {running[-1]}" if running else "outside of its blocks"
         reason = " ".join(str(error).split())[:300]
+        is_narrow = any(p.is_floating_point() and p.dtype != torch.float32 for p in model.parameters())
+        wider = "run it in float32 with --dtype float32, " if is_narrow else ""
         raise StructureError(
             f"transformers cannot run this model: the forward of {type(model).__name__} raises {type(error).__name__} "
-            f"{where} ({reason}): mend its config.json, or use the transformers version that it was made with"
+            f"{where} ({reason}): {wider}mend its config.json, or use the transformers version that it was made with"
         ) from error

@@ -18,16 +18,20 @@ _PLAIN = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device
 
 
 @contextmanager
-def in_float32(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Context manager: floating-point parameters and buffers are float32 copies; the originals are restored on exit."""
+def in_float32(tensors: Iterable[Tensor], private: bool = False) -> Iterator[None]:
+    """Context manager: floating-point parameters and buffers are float32 copies; the originals are restored on exit.
+
+    private: copy those that are in float32 already too, so that they may be changed. A model may hold a router in
+    float32 and the rest in bfloat16.
+    """
     floating = [t for t in tensors if t.is_floating_point() and not t.is_meta]
-    narrow = [(t, t.data) for t in floating if t.dtype != torch.float32]
-    for tensor, data in narrow:
-        tensor.data = data.float()
+    originals = [(t, t.data) for t in floating if private or t.dtype != torch.float32]
+    for tensor, data in originals:
+        tensor.data = data.to(torch.float32, copy=True)
     try:
         yield
     finally:
-        for tensor, data in narrow:
+        for tensor, data in originals:
             tensor.data = data
 
 
