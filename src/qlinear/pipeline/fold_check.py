@@ -14,6 +14,7 @@ from torch import Tensor
 from ..checkpoint.reader import Checkpoint
 from ..streaming.float32 import float32_call, in_float32, tensors_of
 from ..streaming.lanes import Call, Lane
+from ..tracing.experiment import Trace, observe
 from ..tracing.folds import Fold
 from .block import Block
 from .refine_block import hidden_state
@@ -25,42 +26,58 @@ _FLOAT32_NOISE = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class FoldCheck:
-    """The proof's call of a block, and the original block's output for it, both in float32."""
+    """The proof's call of a block, and the original block's output for it, both in float32.
+
+    traced: the output of the trace, in which every expert gets its share of the tokens.
+    """
 
     call: Call
     expected: Tensor
+    traced: Tensor
 
     @classmethod
-    def run(cls, proof: Lane) -> tuple["FoldCheck", Any]:
+    def run(cls, proof: Lane, trace: Trace) -> tuple["FoldCheck", Any]:
         """Run the block that is in memory, in float32, on what the proof lane waits with, which stays.
 
-        Returns the check, and the block's output, for the lane to continue with.
+        trace: of the block on the same tokens. Returns the check, and the block's output for the lane to continue with.
         """
         call = float32_call(proof.waiting)
         before = call.copied()
         output = call.run()
-        return cls(before, hidden_state(output).clone()), output
+        return cls(before, hidden_state(output).clone(), trace.returned[0]), output
+
+    def agrees(self, block: Block) -> bool:
+        """Whether the block that is in memory, smoothed and in float32, gives the expected output."""
+        with torch.no_grad():
+            return self._is_near(block, self.expected, hidden_state(self.call.copied().run()))
+
+    def holds(self, block: Block, smoothing: Smoothing) -> bool:
+        """Whether a smoothing leaves the output of the unsmoothed block in memory, without a copy of its weights.
+
+        Columns multiply what a weight reads, and rows divide what it gives; only gains are changed meanwhile.
+        """
+        biases = {
+            group.fold.producer.bias for group in block.groups if group.fold and group.fold.producer.weight
+        }
+        gains = {name: vector for name, vector in smoothing.vectors.items() if name not in biases}
+        columns = {w: s for w, s in smoothing.columns.items() if w not in smoothing.migration}
+        rows = {weight: 1 / s for weight, s in smoothing.rows.items()}
+        with in_float32(tensors_of(block.module)), Smoothing(vectors=gains).applied_to(block.module):
+            call = self.call
+            trace = observe(block.module, call.forward, call.args, call.kwargs, columns, rows)
+        return self._is_near(block, self.traced, trace.returned[0])
 
     def wrong_folds(self, block: Block, smoothing: Smoothing) -> list[Fold]:
-        """The folds of a block whose vectors change its output; all folds where only their sum does."""
+        """The folds whose vectors change the output, each alone; all of them where only their sum does."""
         folds = [
             group.fold for group in block.groups if group.fold is not None and _is_used(group.fold, smoothing)
         ]
-        if not folds or self._holds(block, smoothing):
-            return []
-        return [fold for fold in folds if not self._holds(block, _only(smoothing, [fold]))] or folds
+        return [fold for fold in folds if not self.holds(block, _only(smoothing, [fold]))] or folds
 
-    def _holds(self, block: Block, smoothing: Smoothing) -> bool:
-        """Whether the output stays with the block smoothed; the block has its own parameters again afterwards."""
-        with in_float32(tensors_of(block.module), private=True):
-            smoothing.apply_to(block.module)
-            return self._agrees(block)
-
-    def _agrees(self, block: Block) -> bool:
-        with torch.no_grad():
-            output = hidden_state(self.call.copied().run())
+    def _is_near(self, block: Block, expected: Tensor, actual: Tensor) -> bool:
+        """Whether two outputs are alike in what they add to the block's input."""
         hidden = self.call.hidden
-        added = [t - hidden if hidden.shape == t.shape else t for t in (self.expected, output)]
+        added = [t - hidden if hidden.shape == t.shape else t for t in (expected, actual)]
         dtypes = {block.stored_dtype(name) for name, p in block.module.named_parameters() if p.dim() == 1}
         limit = _FLOAT32_NOISE + 4 * max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
         return relative_difference(*added) <= limit

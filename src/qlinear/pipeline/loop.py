@@ -154,13 +154,12 @@ class BlockLoop:
         """One block, from its trace to the lanes that stand before the next."""
         with in_float32(tensors_of(module)):
             block, trace = self._trace(module, lanes)
-            check, output = FoldCheck.run(lanes.proof)
+            check, output = FoldCheck.run(lanes.proof, trace)
             advance_in_float32(lanes.proof, output, self.source.outside_tensors())
         stats = self._stats(
             block, trace, lanes, advance=not self.options.propagate and not self._is_last(lanes)
         )
-        result = self._checked(block, stats, check)
-        self._smooth(module, result.smoothing, lanes)
+        result = self._checked(block, stats, check, lanes)
         result = self._refined(block, result, lanes)
         self._write(block, result)
         if self.options.propagate and not self._is_last(lanes):
@@ -179,31 +178,44 @@ class BlockLoop:
         self._step_in_float32(lanes.probe, module)
         return block, trace
 
-    def _checked(self, block: Block, stats: BlockStats, check: FoldCheck) -> BlockResult:
-        """The result of a block whose smoothing leaves its output as it was on the check tokens.
+    def _checked(self, block: Block, stats: BlockStats, check: FoldCheck, lanes: LaneSets) -> BlockResult:
+        """The result of a block, which is smoothed in memory then; the tokens that check the folds have passed it.
 
-        A fold that does not is undone: its vector stays with the layers or is left out, and a note says so.
+        A fold that changes the block's output is undone: its vector stays with the layers or is left out, and a note
+        says so.
         """
         result = quantize_block(block, stats, self.options, self._mapped())
-        wrong = check.wrong_folds(block, result.smoothing)
-        if not wrong:
-            return result
-        groups = tuple(replace(g, fold=None) if g.fold in wrong else g for g in block.groups)
-        result = quantize_block(replace(block, groups=groups), stats, self.options, self._mapped())
-        names = ", ".join(joined(block.name, fold.producer.name) for fold in wrong)
-        note = f"{names}: folding the smoothing there changes the block's output, so it is not folded"
-        return replace(result, notes=(*result.notes, note))
+        if not self._smooth(block, result.smoothing, lanes, check):
+            wrong = check.wrong_folds(block, result.smoothing)
+            groups = tuple(replace(g, fold=None) if g.fold in wrong else g for g in block.groups)
+            result = quantize_block(replace(block, groups=groups), stats, self.options, self._mapped())
+            self._smooth(block, result.smoothing, lanes)
+            names = ", ".join(joined(block.name, fold.producer.name) for fold in wrong)
+            note = f"{names}: folding the smoothing there changes the block's output, so it is not folded"
+            result = replace(result, notes=(*result.notes, note))
+        return result
 
-    def _smooth(self, module: nn.Module, smoothing: Smoothing, lanes: LaneSets) -> None:
-        """Smooth the block in memory, and let the tokens that check the folds pass it, smoothed in float32."""
-        if is_narrow(module):
-            with in_float32(tensors_of(module), private=True):
-                smoothing.apply_to(module)
-                self._step_in_float32(lanes.smoothed, module)
-            smoothing.apply_to(module)
-        else:
-            smoothing.apply_to(module)
-            self._step_in_float32(lanes.smoothed, module)
+    def _smooth(
+        self, block: Block, smoothing: Smoothing, lanes: LaneSets, check: FoldCheck | None = None
+    ) -> bool:
+        """Smooth the block in memory, and let the tokens that check the folds pass it, smoothed in float32.
+
+        Returns whether the block's output agrees with `check`; where it does not, nothing changes.
+        """
+        check = check if smoothing.folded_into else None
+        if is_narrow(block.module):
+            with in_float32(tensors_of(block.module), private=True):
+                smoothing.apply_to(block.module)
+                if check is not None and not check.agrees(block):
+                    return False
+                self._step_in_float32(lanes.smoothed, block.module)
+            smoothing.apply_to(block.module)
+            return True
+        if check is not None and not check.holds(block, smoothing):
+            return False
+        smoothing.apply_to(block.module)
+        self._step_in_float32(lanes.smoothed, block.module)
+        return True
 
     def _step_in_float32(self, lane: Lane, module: nn.Module) -> None:
         step_in_float32(lane, module, self.source.outside_tensors())
@@ -300,7 +312,7 @@ class BlockLoop:
             for lane in lanes.calibration:
                 lane.step()
         record = self.ranks.on_main(lambda: self.journal.record_of(block.name))
-        self._smooth(module, record.smoothing, lanes)
+        self._smooth(block, record.smoothing, lanes)
         for lane in lanes.originals:
             lane.step()
         if self.options.propagate and not self._is_last(lanes):
