@@ -115,3 +115,10 @@ def test_scores_of_a_worked_example() -> None:
     # Σ q ln(q / p): of (1/2, 1/2) from (1/4, 3/4), and of (1/4, 3/4) from (1/2, 1/2).
     first, second = math.log(4 / 3) / 2, 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
     assert scores.kl.tolist() == pytest.approx([first, second], abs=1e-6)
+
+
+def test_a_mixture_whose_config_asks_for_router_logits_is_evaluated(tmp_path: Path) -> None:
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    source = save_model(tmp_path / "model", "qwen3_moe", output_router_logits=True, **sizes)
+    ids = torch.randint(3, 90, (2, 16), generator=torch.Generator().manual_seed(0))
+    assert qlinear.evaluate(source, source, data=ids, tokens=32, seq_len=16).kl == 0

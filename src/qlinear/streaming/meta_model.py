@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 _LARGE = 64 << 20
 
 
+# Outputs that transformers gathers with hooks on all blocks at once, which a lane that waits between blocks breaks.
+_EXTRA_OUTPUTS = ("output_router_logits", "output_attentions", "output_hidden_states")
+
+
 def load_config(folder: str | Path, trust_remote_code: bool = False) -> "PreTrainedConfig":
     """The config of a checkpoint folder. Raises CheckpointError if transformers knows none for it."""
     from transformers import AutoConfig
@@ -99,6 +103,9 @@ def build_meta_model(
     keep_in_float32(model, dtype)
     for part in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         part.use_cache = False
+        for extra in _EXTRA_OUTPUTS:
+            if getattr(part, extra, False):
+                setattr(part, extra, False)
     model.eval()  # type: ignore[no-untyped-call]
     return model
 

@@ -252,6 +252,7 @@ def _from_group(group: Mapping[str, Any]) -> Scheme:
 
 def _from_args(args: Mapping[str, Any]) -> TensorFormat:
     """The format of compressed-tensors' QuantizationArgs, their defaults filled in as that package does."""
+    _require_types(args)
     given = {key for key, value in args.items() if value is not None}
     kinds: dict[tuple[str, int], DType] = {
         ("int", 8): "int8",
@@ -284,6 +285,26 @@ def _from_args(args: Mapping[str, Any]) -> TensorFormat:
         symmetric=args.get("symmetric", True),
         dynamic=bool(args.get("dynamic", False)),
     )
+
+
+# What compressed-tensors takes for each argument that decides how codes are read; None stands for its default.
+_ARG_TYPES: dict[str, tuple[type, ...]] = {
+    "num_bits": (int,), "type": (str,), "strategy": (str,), "symmetric": (bool,), "dynamic": (bool, str),
+    "group_size": (int,), "block_structure": (list, tuple, str),
+}  # fmt: skip
+
+
+def _require_types(args: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless the arguments have the types that they must have."""
+    for key, kinds in _ARG_TYPES.items():
+        value = args.get(key)
+        if value is not None and (
+            not isinstance(value, kinds) or (kinds == (int,) and isinstance(value, bool))
+        ):
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise CheckpointError(
+                f"quantization_config has {key} {value!r}, which must be of type {names}: download config.json again"
+            )
 
 
 _NO_MATCH = 3
