@@ -9,6 +9,7 @@ the interpreter is one failed case as well.
 """
 
 import contextlib
+import copy
 import json
 import multiprocessing
 import random
@@ -166,7 +167,7 @@ def _damaged(value: Any, draw: random.Random) -> Any:
         elif kind == 2 and isinstance(owner[key], int | float):
             owner[key] = draw.choice((owner[key] + 1, owner[key] * 2, -owner[key], owner[key] / 2))
         else:
-            owner[key] = draw.choice(ODD)
+            owner[key] = copy.deepcopy(draw.choice(ODD))  # a value must not come to stand inside itself
     return value
 
 
