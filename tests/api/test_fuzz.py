@@ -6,7 +6,10 @@ import pytest
 from benchmarks.fuzz import prepare, run_case
 
 # The first ones once failed: damaged tokenizers, configs, qlinear.json and quantization configs.
-CASES = [8, 28, 88, 178, 197, 244, 265, 308, 322, 339, 1998, 2181, 2797, 5217, 6602, *range(1000, 1090)]
+CASES = [
+    8, 28, 88, 178, 197, 244, 265, 308, 322, 339, 1998, 2181, 2797, 5217, 6602, 7580, 8304, 8482, 9299, 9428,
+    *range(1000, 1090),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from ...formats.rounding import QuantizedTensor
 from ...formats.scheme import DType, Scheme, TensorFormat
 from ..reader import Checkpoint
 from .base import QuantizedLinear, Schemes, as_scheme, plain_shape, require
+from .compressed_tensors_args import read_block, require_types
 
 QUANT_METHOD = "compressed-tensors"
 SCALE_NAME = "weight_scale"
@@ -252,7 +253,7 @@ def _from_group(group: Mapping[str, Any]) -> Scheme:
 
 def _from_args(args: Mapping[str, Any]) -> TensorFormat:
     """The format of compressed-tensors' QuantizationArgs, their defaults filled in as that package does."""
-    _require_types(args)
+    require_types(args)
     given = {key for key, value in args.items() if value is not None}
     kinds: dict[tuple[str, int], DType] = {
         ("int", 8): "int8",
@@ -261,7 +262,7 @@ def _from_args(args: Mapping[str, Any]) -> TensorFormat:
         ("float", 4): "float4_e2m1fn",
     }
     kind = kinds.get((args.get("type") or "int", args.get("num_bits") or 8))
-    group, block = args.get("group_size"), args.get("block_structure")
+    group, block = args.get("group_size"), read_block(args.get("block_structure"))
     strategy: Any = args.get("strategy") or (
         "tensor" if group is None else "channel" if group == -1 else "group"
     )
@@ -281,30 +282,10 @@ def _from_args(args: Mapping[str, Any]) -> TensorFormat:
         strategy,
         group_size=group if strategy == "group" else None,
         scale_dtype="float8_e8m0fnu" if has_exponents else None,
-        block_size=(block[0], block[1]) if block is not None and strategy == "block" else None,
+        block_size=block if strategy == "block" else None,
         symmetric=args.get("symmetric", True),
         dynamic=bool(args.get("dynamic", False)),
     )
-
-
-# What compressed-tensors takes for each argument that decides how codes are read; None stands for its default.
-_ARG_TYPES: dict[str, tuple[type, ...]] = {
-    "num_bits": (int,), "type": (str,), "strategy": (str,), "symmetric": (bool,), "dynamic": (bool, str),
-    "group_size": (int,), "block_structure": (list, tuple, str),
-}  # fmt: skip
-
-
-def _require_types(args: Mapping[str, Any]) -> None:
-    """Raise CheckpointError unless the arguments have the types that they must have."""
-    for key, kinds in _ARG_TYPES.items():
-        value = args.get(key)
-        if value is not None and (
-            not isinstance(value, kinds) or (kinds == (int,) and isinstance(value, bool))
-        ):
-            names = " or ".join(kind.__name__ for kind in kinds)
-            raise CheckpointError(
-                f"quantization_config has {key} {value!r}, which must be of type {names}: download config.json again"
-            )
 
 
 _NO_MATCH = 3
